@@ -1,0 +1,112 @@
+// core.h: the ABI of the native core: plain structs of pointers, sizes and strides, in elements, never in
+// bytes. It knows nothing of Python or torch, and who calls it has made sure that the pointers are what they
+// claim to be. What depends on values (labels, masks, weights) is checked inside, before a logit is read, and
+// comes back as a Fault. Next: cpu/row_loss.h, the algorithm behind row_loss_cpu.
+#pragma once
+
+#include <cstdint>
+
+namespace distil_fast {
+
+enum class DType : int32_t { f32, f16, bf16, f64 };
+
+// [outer, inner, cols]: two free strides, the last dimension contiguous.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t outer_stride = 0;
+  int64_t row_stride = 0;
+};
+
+enum class Reduction : int32_t { mean, sum, none };
+
+// What was wrong with the values: no logit is read and nothing is written when a call returns anything but
+// `nothing`.
+enum class FaultKind : int32_t { nothing, label, mask, temperature };
+
+struct Fault {
+  FaultKind kind = FaultKind::nothing;
+  int64_t row = -1;    // the first row at fault
+  double value = 0.0;  // what stood there
+};
+
+// loss = sum over rows of soft_weight * share_s * D(teacher, student) + hard_weight * share_h *
+// cross_entropy. `Real` below is double where the student's logits are, float otherwise.
+struct RowLoss {
+  int64_t outer = 0, inner = 0, cols = 0;  // rows = outer * inner
+  Matrix student, teacher;                 // teacher.data null: no soft term
+  Matrix grad;  // of the student's dtype; data null: no gradient; may be the student itself
+  const int64_t* labels = nullptr;  // [rows]; null: no hard term
+  int64_t ignore_index = -100;
+  const void* soft_mask = nullptr;  // [rows] bool, or Real token weights; null: every row
+  bool mask_is_bool = false;
+  const void* temperatures = nullptr;  // [rows] Real; null: `temperature` for all
+  double temperature = 1.0;
+  double soft_weight = 1.0, hard_weight = 0.0;
+  double soft_count = -1.0, hard_count = -1.0;  // the terms' denominators; -1: counted here
+  bool t_squared = true;
+  Reduction reduction = Reduction::mean;
+  double label_smoothing = 0.0;
+  int32_t divergence = 0;          // index into the table of divergences.h
+  double parameter = 0.0;          // its run-time parameter
+  const void* upstream = nullptr;  // [rows] Real: multiplies each row's gradient; null: 1
+  void *loss = nullptr, *soft = nullptr,
+       *hard = nullptr;  // Real: one each, or [rows] where nothing is reduced
+  void* unit = nullptr;  // Real, out: the gradient is stored in units of it (fp16 only; else 1)
+};
+
+Fault row_loss_cpu(const RowLoss& call);
+
+// grad *= factor, rounded once to grad's dtype.
+struct Rescale {
+  int64_t outer = 0, inner = 0, cols = 0;
+  Matrix grad;
+  double factor = 1.0;
+};
+
+void rescale_cpu(const Rescale& call);
+
+// softmax or its logarithm, of logits / temperature.
+struct Softmax {
+  int64_t outer = 0, inner = 0, cols = 0;
+  Matrix logits, out;
+  bool logarithm = false;
+  const void* temperatures = nullptr;  // [rows] Real
+  double temperature = 1.0;
+};
+
+Fault softmax_cpu(const Softmax& call);
+
+// From the output and its gradient, the gradient of the logits.
+struct SoftmaxBackward {
+  int64_t outer = 0, inner = 0, cols = 0;
+  Matrix out, grad_out, grad;
+  bool logarithm = false;
+  const void* temperatures = nullptr;
+  double temperature = 1.0;
+};
+
+void softmax_backward_cpu(const SoftmaxBackward& call);
+
+// loss = sum over rows of share * (1 - cos(student, teacher)).
+struct CosineLoss {
+  int64_t outer = 0, inner = 0, cols = 0;
+  Matrix student, teacher, grad;
+  const void* mask = nullptr;
+  bool mask_is_bool = false;
+  double weight = 1.0;
+  double count = -1.0;
+  Reduction reduction = Reduction::mean;
+  const void* upstream = nullptr;
+  void *loss = nullptr, *term = nullptr;  // term: before `weight`
+  void* unit = nullptr;
+};
+
+Fault cosine_loss_cpu(const CosineLoss& call);
+
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". Choosing one that the processor
+// lacks returns false.
+const char* instruction_set();
+bool use_instruction_set(const char* name);
+
+}  // namespace distil_fast

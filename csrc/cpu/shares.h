@@ -1,0 +1,57 @@
+// shares.h: each row's share in a term: what mask, denominator and reduction come to, in one number per row.
+// The one home of these conventions on the CPU: a row whose share is 0 is not used, and never read.
+// Knows nothing of logits. Next: row_loss.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core.h"
+
+namespace distil_fast {
+
+template <class Real>
+struct Mask {
+  const void* data;  // null: every row
+  bool is_bool;
+
+  double operator[](int64_t row) const {
+    if (!data) return 1.0;
+    return is_bool ? static_cast<const bool*>(data)[row] : static_cast<const Real*>(data)[row];
+  }
+};
+
+// What a row's mask is multiplied with: 1 / denominator for a mean, 0 where that is 0, else 1.
+inline double scale_of(Reduction reduction, double given_count, double counted) {
+  if (reduction != Reduction::mean) return 1.0;
+  const double count = given_count >= 0 ? given_count : counted;
+  return count > 0 ? 1.0 / count : 0.0;
+}
+
+// The mask's sum, or the first token weight that is negative or not finite.
+template <class Real>
+Fault count_mask(const Mask<Real>& mask, int64_t rows, double* counted) {
+  *counted = static_cast<double>(rows);
+  if (!mask.data) return {};
+  *counted = 0.0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const double weight = mask[row];
+    if (!(weight >= 0.0) || std::isinf(weight)) return {FaultKind::mask, row, weight};
+    *counted += weight;
+  }
+  return {};
+}
+
+// The temperature of each row: one for all, or one per row.
+template <class Real>
+struct Temperatures {
+  const void* data;  // null: `one`
+  double one;
+
+  double operator[](int64_t row) const { return data ? static_cast<const Real*>(data)[row] : one; }
+};
+
+// Bounds that keep 1 / T, T^2 and their products with a share inside a float.
+inline bool valid_temperature(double t) { return t >= 1e-15 && t <= 1e15; }
+
+}  // namespace distil_fast

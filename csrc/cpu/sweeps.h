@@ -1,0 +1,167 @@
+// sweeps.h: the three sweeps over one block of columns that the row algorithm is made of, on any Vec:
+//   exponentiate  reads the logits, keeps their exponentials;   diverge  turns those into f and g;   gradient
+//   writes.
+// They know one block and its scalars: nothing of rows, weights, labels or threads. Each knows one axis:
+// dtypes live in the first and the last, divergences in the middle one. Next: row_loss.h, which conducts
+// them.
+
+// The largest of some logits, the lowest finite number where there is none.
+template <class V, class S>
+double maximum(const void* logits, int64_t n) {
+  using Real = typename V::Real;
+  constexpr Real none = -std::numeric_limits<Real>::infinity();
+  const S* s = static_cast<const S*>(logits);
+  const int64_t whole = n - n % V::width;
+  V top(std::numeric_limits<Real>::lowest());
+  for (int64_t j = 0; j < whole; j += V::width) top = max(top, load(s + j));
+  if (whole < n) top = max(top, load(s + whole, n - whole, none));
+  return largest(top);
+}
+
+// Exponentials of student and teacher at temperature T relative to the block's references, their sums, and
+// the differences of the logits. `hard` says how the student's exponentials at temperature 1 follow; only
+// their sum is kept.
+template <class V, class S, class T, Hard hard>
+void exponentiate(const void* student, const void* teacher, int64_t n, double temperature,
+                  typename V::Real* es, typename V::Real* et, typename V::Real* difference,
+                  Block<typename V::Real>* block, const Ahead& ahead) {
+  constexpr double none = -std::numeric_limits<double>::infinity();
+  const S* s = static_cast<const S*>(student);
+  const T* t = static_cast<const T*>(teacher);
+  const int64_t whole = n - n % V::width;
+  const Exponential<V> at_t(temperature), at_one(1.0);
+  const V ref_s(block->ref_s), ref_t(block->ref_t), shift(block->apart());
+  V z_s(0), z_t(0), z_h(0);
+  auto step = [&](int64_t j, V sj, V tj) {
+    V e = at_t(sj - ref_s), u = at_t(tj - ref_t);
+    z_s = z_s + e;
+    z_t = z_t + u;
+    if constexpr (hard == Hard::square) z_h = fma(e, e, z_h);
+    if constexpr (hard == Hard::own) z_h = z_h + at_one(sj - ref_s);
+    store(es + j, e);
+    store(et + j, u);
+    store(difference + j, (sj - shift) - tj);
+    ahead.fetch(j);
+  };
+  for (int64_t j = 0; j < whole; j += V::width) step(j, load(s + j), load(t + j));
+  if (whole < n) step(whole, load(s + whole, n - whole, none), load(t + whole, n - whole, none));
+  block->z_s = sum(z_s);
+  block->z_t = sum(z_t);
+  block->z_h = hard == Hard::linear ? block->z_s : sum(z_h);
+}
+
+// The same of one model.
+template <class V, class S>
+void exponentiate_alone(const void* logits, int64_t n, double temperature, typename V::Real* es,
+                        Block<typename V::Real>* block) {
+  const S* s = static_cast<const S*>(logits);
+  const int64_t whole = n - n % V::width;
+  const Exponential<V> at_t(temperature);
+  const V ref(block->ref_s);
+  V z(0);
+  auto step = [&](int64_t j, V sj) {
+    V e = at_t(sj - ref);
+    z = z + e;
+    store(es + j, e);
+  };
+  for (int64_t j = 0; j < whole; j += V::width) step(j, load(s + j));
+  if (whole < n) step(whole, load(s + whole, n - whole, -std::numeric_limits<double>::infinity()));
+  block->z_s = block->z_h = sum(z);
+}
+
+// Sum of exp(logits - reference), keeping nothing: for the exact 1 - p of a label that the model is sure of.
+template <class V, class S>
+double exponential_sum(const void* logits, int64_t n, double reference) {
+  const S* s = static_cast<const S*>(logits);
+  const Exponential<V> at_one(1.0);
+  const V top(reference);
+  const int64_t whole = n - n % V::width;
+  V z(0);
+  for (int64_t j = 0; j < whole; j += V::width) z = z + at_one(load(s + j) - top);
+  if (whole < n) z = z + at_one(load(s + whole, n - whole, -std::numeric_limits<double>::infinity()) - top);
+  return sum(z);
+}
+
+// Sum of logits - reference, for label smoothing.
+template <class V, class S>
+double shifted_sum(const void* logits, int64_t n, double reference) {
+  const S* s = static_cast<const S*>(logits);
+  const V top(reference);
+  const int64_t whole = n - n % V::width;
+  V total(0);
+  for (int64_t j = 0; j < whole; j += V::width) total = total + (load(s + j) - top);
+  if (whole < n) total = total + (load(s + whole, n - whole, reference) - top);
+  return sum(total);
+}
+
+// f and g of a block: p = to_p et, q = to_q es, r = difference / T - rho. g takes the difference's place.
+// Columns that pad the last vector have es = et = 0, hence f = g = 0.
+template <class V, class D>
+void diverge(const typename V::Real* es, const typename V::Real* et, typename V::Real* difference, int64_t n,
+             const Divide& by, double* f_sum, double* g_sum, const Ahead& ahead) {
+  const D divergence{by.parameter};
+  const V to_p(by.to_p), to_q(by.to_q), inverse_t(by.inverse_t), rho(by.rho);
+  V f(0), g(0);
+  for (int64_t j = 0; j < n; j += V::width) {
+    V r = fms(load(difference + j), inverse_t, rho);
+    Terms<V> x = divergence(r, load(et + j) * to_p, load(es + j) * to_q);
+    f = f + x.f;
+    g = g + x.g;
+    store(difference + j, x.g);
+    ahead.fetch(j);
+  }
+  *f_sum = sum(f);
+  *g_sum = sum(g);
+}
+
+// out = of_g g + of_e es + of_h eh + constant, where eh are the student's exponentials at temperature 1.
+// `out` may be the student's own row: each vector is read before it is written.
+template <class V, class S, bool soft, Hard hard>
+void gradient(void* out, const void* student, const typename V::Real* g, const typename V::Real* es,
+              int64_t n, const Combine& by, const Ahead& ahead) {
+  S* to = static_cast<S*>(out);
+  const S* s = static_cast<const S*>(student);
+  const V of_g(by.of_g), of_e(by.of_e), of_h(by.of_h), constant(by.constant), ref_s(by.ref_s);
+  const Exponential<V> at_one(1.0);
+  auto value = [&](int64_t j, auto... part) {
+    V e = load(es + j), x = constant;
+    if constexpr (soft) x = fma(of_g, load(g + j), x);
+    if constexpr (hard == Hard::linear) x = fma(of_e, e, x);
+    if constexpr (hard == Hard::square) x = fma(fma(of_h, e, of_e), e, x);
+    if constexpr (hard == Hard::own) x = fma(of_h, at_one(load(s + j, part...) - ref_s), fma(of_e, e, x));
+    return x;
+  };
+  const int64_t whole = n - n % V::width;
+  for (int64_t j = 0; j < whole; j += V::width) {
+    store(to + j, value(j));
+    if constexpr (soft) ahead.fetch(j);
+  }
+  if (whole < n) store(to + whole, value(whole, n - whole, 0.0), n - whole);
+}
+
+// values *= factor, in place, rounded once.
+template <class V, class S>
+void rescale(void* values, int64_t n, double factor) {
+  S* x = static_cast<S*>(values);
+  const V by(factor);
+  const int64_t whole = n - n % V::width;
+  for (int64_t j = 0; j < whole; j += V::width) store(x + j, load(x + j) * by);
+  if (whole < n) store(x + whole, load(x + whole, n - whole, 0.0) * by, n - whole);
+}
+
+template <class V, class S, class... T>
+constexpr void fill_sweeps(Sweeps<typename V::Real>& table, int s) {
+  int t = 0;
+  ((table.exponentiate[s][t][0] = exponentiate<V, S, T, Hard::linear>,
+    table.exponentiate[s][t][1] = exponentiate<V, S, T, Hard::square>,
+    table.exponentiate[s][t][2] = exponentiate<V, S, T, Hard::own>, ++t),
+   ...);
+  table.maximum[s] = maximum<V, S>;
+  table.exponentiate_alone[s] = exponentiate_alone<V, S>;
+  table.exponential_sum[s] = exponential_sum<V, S>;
+  table.shifted_sum[s] = shifted_sum<V, S>;
+  table.gradient[s][0] = gradient<V, S, true, Hard::linear>;
+  table.gradient[s][1] = gradient<V, S, true, Hard::square>;
+  table.gradient[s][2] = gradient<V, S, true, Hard::own>;
+  table.gradient_alone[s] = gradient<V, S, false, Hard::linear>;
+}

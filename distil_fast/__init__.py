@@ -1,0 +1,38 @@
+"""distil_fast: knowledge-distillation losses in one fused pass, exact, forward and gradient.
+
+`functional` holds the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
+"""
+
+from distil_fast.functional import (
+    cosine_loss,
+    cross_entropy,
+    distillation_loss,
+    divergence_loss,
+    log_softmax,
+    softmax,
+    triple_loss,
+)
+from distil_fast.modules import CosineLoss, CrossEntropyLoss, DistillationLoss, DivergenceLoss, TripleLoss
+from distil_fast.reference import JSD, ForwardKL, LossTerms, ReverseKL, TripleTerms
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JSD",
+    "CosineLoss",
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "DivergenceLoss",
+    "ForwardKL",
+    "LossTerms",
+    "ReverseKL",
+    "TripleLoss",
+    "TripleTerms",
+    "cosine_loss",
+    "cross_entropy",
+    "distillation_loss",
+    "divergence_loss",
+    "log_softmax",
+    "softmax",
+    "triple_loss",
+]

@@ -1,0 +1,167 @@
+"""Argument checks of the public functions: expected, got, remedy, raised before anything runs.
+
+Only what needs no value of a tensor is looked at here, so every check works while torch.compile traces; labels,
+token weights and per-row temperatures are checked by the kernels before they read a logit. Next: functional.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_values(name: str, tensor: object) -> None:
+    """Logits or hidden states [..., size]: a floating-point tensor with at least one column."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}.")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}. Convert it with .float()."
+        )
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [..., size] with size >= 1, got {tuple(tensor.shape)}.")
+
+
+def check_pair(name: str, student: Tensor, teacher: object) -> None:
+    """The teacher's tensor against the student's, already checked: same shape and device, and no gradient."""
+    check_values(f"teacher_{name}", teacher)
+    assert isinstance(teacher, Tensor)
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_{name}: expected student_{name}'s shape {tuple(student.shape)}, got {tuple(teacher.shape)}."
+            + _shape_remedy(name, student, teacher)
+        )
+    if teacher.device != student.device:
+        raise ValueError(
+            f"teacher_{name}: expected student_{name}'s device {student.device}, got {teacher.device}. "
+            f"Move it with .to({str(student.device)!r})."
+        )
+    if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
+        raise TypeError(
+            f"teacher_{name}: float64 goes with float64 only, got {teacher.dtype} beside the student's {student.dtype}. "
+            "Convert one of them; float32, float16 and bfloat16 mix freely."
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            f"teacher_{name} requires grad, and the loss has no gradient for the teacher. Compute it under "
+            f"torch.no_grad() or torch.inference_mode(), or pass teacher_{name}.detach()."
+        )
+
+
+def _shape_remedy(name: str, student: Tensor, teacher: Tensor) -> str:
+    if name != "logits" or teacher.shape[:-1] != student.shape[:-1]:
+        return ""
+    sizes = student.shape[-1], teacher.shape[-1]
+    padded = "teacher" if sizes[1] > sizes[0] else "student"
+    return f" If the {padded}'s vocabulary is padded, pass {padded}_logits[..., :{min(sizes)}]."
+
+
+def check_labels(labels: object, logits: Tensor) -> None:
+    """Labels [...] of logits [..., V]: integers on the same device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor of integers, got {type(labels).__name__}.")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels: expected integers, got {labels.dtype}. Convert them with .long().")
+    _check_leading("labels", labels, logits)
+
+
+def check_mask(name: str, mask: object, values: Tensor) -> None:
+    """A mask [...] of values [..., size]: bool, or floating-point token weights, on the same device."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}.")
+    if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected bool, or non-negative floating-point token weights, got {mask.dtype}. "
+            "Convert a mask of zeros and ones with .bool()."
+        )
+    _check_leading(name, mask, values)
+    _check_constant(name, mask)
+
+
+def _check_leading(name: str, tensor: Tensor, values: Tensor) -> None:
+    if tensor.shape != values.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected shape {tuple(values.shape[:-1])}, one entry per row of {tuple(values.shape)}, "
+            f"got {tuple(tensor.shape)}."
+        )
+    if tensor.device != values.device:
+        raise ValueError(
+            f"{name}: expected device {values.device}, got {tensor.device}. Move it with .to({str(values.device)!r})."
+        )
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, and the loss has no gradient for it. Pass {name}.detach().")
+
+
+def check_quantity(name: str, quantity: object, values: Tensor) -> float | Tensor:
+    """A weight or a count: a finite number, or a 0-d tensor on the same device. A number comes back as a float."""
+    if not isinstance(quantity, Tensor):
+        number = _as_float(name, quantity)
+        if not math.isfinite(number) or (name.endswith("count") and number < 0):
+            expected = "a finite number >= 0" if name.endswith("count") else "a finite number"
+            raise ValueError(f"{name}: expected {expected}, got {quantity}.")
+        return number
+    if quantity.dim() != 0:
+        raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(quantity.shape)}.")
+    return _checked_scalar(name, quantity, values)
+
+
+def check_temperature(temperature: object, values: Tensor) -> float | Tensor:
+    """A number > 0, or a tensor: 0-d, or one temperature per row."""
+    if not isinstance(temperature, Tensor):
+        number = _as_float("temperature", temperature)
+        if not 1e-15 <= number <= 1e15:
+            raise ValueError(f"temperature: expected a number > 0 (1e-15 to 1e15), got {temperature}.")
+        return number
+    if temperature.dim() and temperature.shape != values.shape[:-1]:
+        raise ValueError(
+            f"temperature: expected a number, or one per row with shape {tuple(values.shape[:-1])}, "
+            f"got shape {tuple(temperature.shape)}."
+        )
+    return _checked_scalar("temperature", temperature, values)
+
+
+def _as_float(name: str, quantity: object) -> float:
+    try:
+        return float(quantity)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number or a tensor, got {type(quantity).__name__}.") from None
+
+
+def _checked_scalar(name: str, tensor: Tensor, values: Tensor) -> Tensor:
+    _check_constant(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(f"{name}: expected a real tensor, got {tensor.dtype}.")
+    if tensor.device != values.device:
+        raise ValueError(
+            f"{name}: expected a number or a tensor on {values.device}, got one on {tensor.device}. "
+            f"Move it with .to({str(values.device)!r})."
+        )
+    return tensor
+
+
+def check_reduction(reduction: str, **counts: object) -> None:
+    """One of mean, sum, none; the counts only go with mean."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+    for name, count in counts.items():
+        if count is not None and reduction != "mean":
+            raise ValueError(
+                f"{name} is the denominator of a mean, got reduction={reduction!r}. Use reduction='mean', or divide the "
+                "result yourself."
+            )
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}.")

@@ -1,0 +1,355 @@
+"""The public functions: check the arguments, then call one op. Shapes, conventions and errors are documented here.
+
+It knows nothing of kernels or autograd. Next: ops.py; docs/math.md for the formulae and the one home of each convention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distil_fast import backends, checks, ops, reference
+from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
+
+
+def _on_kernels(values: Tensor, name: str) -> bool:
+    """Whether the fused kernels serve this call; plain torch does otherwise."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"distil_fast.{name} has no rules for torch.func transforms (vmap, grad, jvp, ...). Batches need none: leading "
+            f"dimensions are rows. For the transforms use distil_fast.reference.{name}, which is plain torch."
+        )
+    return backends.is_native(values.device)
+
+
+def _count(name: str, count: object, values: Tensor) -> float | Tensor:
+    return -1.0 if count is None else checks.check_quantity(name, count, values)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 2.0,
+    soft_weight: float | Tensor = 1.0,
+    hard_weight: float | Tensor | None = None,
+    soft_mask: Tensor | None = None,
+    soft_count: float | Tensor | None = None,
+    hard_count: float | Tensor | None = None,
+    ignore_index: int = -100,
+    divergence: str | Divergence = "forward_kl",
+    t_squared: bool = True,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    inplace: bool = False,
+) -> LossTerms:
+    """Distillation loss; of its terms only `loss` has a gradient, balance them with `soft_weight` and `hard_weight`.
+
+    With teacher p = softmax(t / T) and student q = softmax(s / T) of each row (Hinton et al. 2015, section 2):
+
+        soft = sum_r mask_r T_r^2 D(p_r, q_r) / sum_r mask_r          D: the divergence, KL(p || q) by default
+        hard = sum_r -log softmax(s_r)[label_r] / (number of labels)   over rows whose label is not ignore_index
+        loss = soft_weight * soft + hard_weight * hard
+
+    Both terms and the gradient come from one pass that reads each logit once. For next-token models shift the labels
+    and the mask, never the logits: `labels = F.pad(labels[:, 1:], (0, 1), value=-100)`.
+
+    Args:
+        student_logits: `[..., V]`, float32, float16, bfloat16 or float64. Rows are contiguous; up to two leading
+            dimensions have free strides, so that `logits[:, :-1]`, chunks and padded rows are taken without a copy.
+        teacher_logits: `[..., V]`, likewise, of a dtype of its own (float64 only beside float64); without gradient.
+        labels: `[...]` integers in [0, V), or `ignore_index`. None: no hard term.
+        temperature: T > 0 (1e-15 to 1e15), a number or one per row `[...]`. The hard term is at T = 1.
+        soft_weight, hard_weight: a number or a 0-d tensor. `hard_weight` None: 1 with labels, 0 without. A term of
+            weight 0 is not computed and reads nothing.
+        soft_mask: `[...]`, bool, or non-negative float token weights. None: every row counts 1.
+        soft_count, hard_count: replace the denominators, a number or a 0-d tensor, with reduction "mean" only. For
+            gradient accumulation: the count of the whole step. Under DistributedDataParallel, which averages the ranks'
+            gradients: the global count divided by the world size.
+        ignore_index: the label of rows without one.
+        divergence: "forward_kl" KL(p || q), "reverse_kl" KL(q || p), "jsd", or an object such as `JSD(beta=0.1)`.
+        t_squared: multiply the soft term by T^2, which keeps its gradient's scale as T changes.
+        label_smoothing: in [0, 1]; mixes the hard target with the uniform distribution.
+        reduction: "mean"; "sum"; or "none", the per-row loss of the leading shape.
+        inplace: write the gradient over `student_logits`, which DESTROYS the logits; saves the gradient's memory. A
+            no-op where no gradient is needed; an error with reduction "none". A leaf's `.grad` then shares its memory.
+
+    Returns:
+        LossTerms(loss, soft, hard), float32 (float64 for float64 logits), 0-d or `[...]`. A term without a valid row, or
+        with a count of 0, is 0 with zero gradient. Rows that no term uses are never read, whatever they hold.
+
+    Raises:
+        ValueError: shapes, devices, layouts or values that are not as above; a teacher, mask, weight, count or
+            temperature that requires grad.
+        TypeError: dtypes or types that are not as above.
+        NotImplementedError: inside a torch.func transform.
+    """
+    checks.check_values("student_logits", student_logits)
+    checks.check_pair("logits", student_logits, teacher_logits)
+    checks.check_reduction(reduction, soft_count=soft_count, hard_count=hard_count)
+    if labels is not None:
+        checks.check_labels(labels, student_logits)
+    elif hard_weight is not None or hard_count is not None:
+        raise ValueError(
+            "hard_weight and hard_count belong to the hard term, got one of them without labels. Pass labels."
+        )
+    checks.check_mask("soft_mask", soft_mask, student_logits)
+    checks.check_label_smoothing(label_smoothing)
+    if inplace and reduction == "none":
+        raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
+    divergence = as_divergence(divergence)
+    soft_weight = checks.check_quantity("soft_weight", soft_weight, student_logits)
+    if hard_weight is not None:
+        hard_weight = checks.check_quantity("hard_weight", hard_weight, student_logits)
+    else:
+        hard_weight = 0.0 if labels is None else 1.0
+    scalars = (
+        checks.check_temperature(temperature, student_logits),
+        soft_weight,
+        hard_weight,
+        _count("soft_count", soft_count, student_logits),
+        _count("hard_count", hard_count, student_logits),
+    )
+    if not _on_kernels(student_logits, "distillation_loss"):
+        return reference.distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=temperature,
+            soft_weight=soft_weight,
+            hard_weight=None if labels is None else hard_weight,
+            soft_mask=soft_mask,
+            soft_count=soft_count,
+            hard_count=hard_count,
+            ignore_index=ignore_index,
+            divergence=divergence,
+            t_squared=t_squared,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+    settings = (ignore_index, divergence.name, divergence.parameter, t_squared, float(label_smoothing), reduction)
+    return LossTerms(*ops.row_loss(student_logits, teacher_logits, labels, soft_mask, scalars, settings, inplace))
+
+
+def divergence_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    count: float | Tensor | None = None,
+    t_squared: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """The soft term of `distillation_loss` alone: sum_r mask_r D(p_r, q_r) / sum_r mask_r.
+
+    The arguments are those of `distillation_loss`, with `mask` and `count` for `soft_mask` and `soft_count`; note the
+    defaults T = 1 and no T^2, those of a plain divergence.
+
+    Returns:
+        float32 (float64 for float64 logits), 0-d or `[...]` with reduction "none".
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `distillation_loss`.
+    """
+    checks.check_values("student_logits", student_logits)
+    checks.check_pair("logits", student_logits, teacher_logits)
+    checks.check_reduction(reduction, count=count)
+    checks.check_mask("mask", mask, student_logits)
+    divergence = as_divergence(divergence)
+    scalars = (
+        checks.check_temperature(temperature, student_logits),
+        1.0,
+        0.0,
+        _count("count", count, student_logits),
+        -1.0,
+    )
+    if not _on_kernels(student_logits, "divergence_loss"):
+        return reference.divergence_loss(
+            student_logits,
+            teacher_logits,
+            divergence=divergence,
+            temperature=temperature,
+            mask=mask,
+            count=count,
+            t_squared=t_squared,
+            reduction=reduction,
+        )
+    settings = (-100, divergence.name, divergence.parameter, t_squared, 0.0, reduction)
+    return ops.row_loss(student_logits, teacher_logits, None, mask, scalars, settings)[0]
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    count: float | Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The hard term of `distillation_loss` alone: sum_r -log softmax(logits_r)[label_r] / (number of labels).
+
+    Equals `torch.nn.functional.cross_entropy` of `[rows, V]` logits, but for a batch without any label, where this is 0
+    and not nan. The arguments are those of `distillation_loss`, with `count` for `hard_count`.
+
+    Returns:
+        float32 (float64 for float64 logits), 0-d or `[...]` with reduction "none".
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `distillation_loss`.
+    """
+    checks.check_values("logits", logits)
+    checks.check_labels(labels, logits)
+    checks.check_reduction(reduction, count=count)
+    checks.check_label_smoothing(label_smoothing)
+    scalars = (1.0, 0.0, 1.0, -1.0, _count("count", count, logits))
+    if not _on_kernels(logits, "cross_entropy"):
+        return reference.cross_entropy(
+            logits,
+            labels,
+            count=count,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+    settings = (ignore_index, "forward_kl", 0.0, True, float(label_smoothing), reduction)
+    return ops.row_loss(logits, None, labels, None, scalars, settings)[0]
+
+
+def softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """softmax(logits / temperature) over the last dimension, in the logits' dtype, summed in float32.
+
+    Args:
+        logits: `[..., V]`, as in `distillation_loss`.
+        temperature: T > 0, a number or one per row `[...]`; without gradient.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `distillation_loss`.
+    """
+    return _softmax("softmax", logits, temperature)
+
+
+def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension; the arguments and errors of `softmax`."""
+    return _softmax("log_softmax", logits, temperature)
+
+
+def _softmax(name: str, logits: Tensor, temperature: float | Tensor) -> Tensor:
+    checks.check_values("logits", logits)
+    temperature = checks.check_temperature(temperature, logits)
+    if not _on_kernels(logits, name):
+        return getattr(reference, name)(logits, temperature)  # type: ignore[no-any-return]
+    return ops.softmax(logits, temperature, name == "log_softmax")
+
+
+def cosine_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    mask: Tensor | None = None,
+    count: float | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """1 - cos(student, teacher) of hidden states, averaged over the masked tokens (Sanh et al. 2019, section 3).
+
+        loss = sum_r mask_r (1 - s.t / sqrt((s.s + 1e-12) (t.t + 1e-12))) / sum_r mask_r
+
+    The value is `torch.nn.CosineEmbeddingLoss`'s at target 1; forward and gradient are one pass. Computed as half the
+    squared distance of the unit vectors, so that nothing is lost as they meet.
+
+    Args:
+        student_hidden, teacher_hidden: `[..., H]`, layouts and dtypes as the logits of `distillation_loss`.
+        mask: `[...]`, bool, or non-negative float token weights. None: every row counts 1.
+        count: replaces the denominator, with reduction "mean" only.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        float32 (float64 for float64 input), 0-d or `[...]`. Without a valid row: 0, with zero gradient.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `distillation_loss`.
+    """
+    return _weighted_cosine(student_hidden, teacher_hidden, mask, 1.0, count, reduction)[0]
+
+
+def _weighted_cosine(
+    student_hidden: Tensor, teacher_hidden: Tensor, mask: Any, weight: Any, count: Any, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The cosine loss times a weight, and before it."""
+    checks.check_values("student_hidden", student_hidden)
+    checks.check_pair("hidden", student_hidden, teacher_hidden)
+    checks.check_reduction(reduction, count=count)
+    checks.check_mask("mask", mask, student_hidden)
+    weight = checks.check_quantity("weight", weight, student_hidden)
+    number = _count("count", count, student_hidden)
+    if not _on_kernels(student_hidden, "cosine_loss"):
+        term = reference.cosine_loss(student_hidden, teacher_hidden, mask, count, reduction)
+        return weight * term, term.detach()
+    return ops.cosine_loss(student_hidden, teacher_hidden, mask, weight, number, reduction)
+
+
+def triple_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    attention_mask: Tensor,
+    *,
+    temperature: float | Tensor = 2.0,
+    alpha_ce: float | Tensor = 5.0,
+    alpha_mlm: float | Tensor = 2.0,
+    alpha_cos: float | Tensor = 1.0,
+    ce_count: float | Tensor | None = None,
+    mlm_count: float | Tensor | None = None,
+    cos_count: float | Tensor | None = None,
+    restrict_ce_to_mask: bool = False,
+) -> TripleTerms:
+    """DistilBERT's loss; of its terms only `loss` has a gradient, balance them with the alphas.
+
+    With A the tokens under the attention mask and M those with a label (Sanh et al. 2019, section 3, as the authors'
+    training code computes it):
+
+        ce   = T^2 / |A| sum_A KL(softmax(t / T) || softmax(s / T))    (over M with `restrict_ce_to_mask`)
+        mlm  = 1 / |M| sum_M -log softmax(s)[label]
+        cos  = 1 / |A| sum_A (1 - cos(student_hidden, teacher_hidden))
+        loss = alpha_ce ce + alpha_mlm mlm + alpha_cos cos
+
+    Args:
+        student_logits, teacher_logits: `[..., V]`, as in `distillation_loss`.
+        labels: `[...]`, -100 where a token is not masked.
+        student_hidden, teacher_hidden: `[..., H]`, the last hidden states.
+        attention_mask: `[...]`, bool or integers, 0 for padding.
+        temperature: T > 0, a number or one per row; 2.0.
+        alpha_ce, alpha_mlm, alpha_cos: the terms' weights, numbers or 0-d tensors; 5, 2 and 1.
+        ce_count, mlm_count, cos_count: replace |A| (or |M|), |M| and |A|; see `soft_count` of `distillation_loss`.
+        restrict_ce_to_mask: ce over the masked tokens only.
+
+    Returns:
+        TripleTerms(loss, ce, mlm, cos), float32 (float64 for float64 input), 0-d.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `distillation_loss`.
+    """
+    checks.check_values("student_logits", student_logits)
+    checks.check_labels(labels, student_logits)
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}.")
+    attention = attention_mask.bool()
+    cos_loss, cos = _weighted_cosine(student_hidden, teacher_hidden, attention, alpha_cos, cos_count, "mean")
+    terms = distillation_loss(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        soft_weight=alpha_ce,
+        hard_weight=alpha_mlm,
+        soft_mask=labels != -100 if restrict_ce_to_mask else attention,
+        soft_count=ce_count,
+        hard_count=mlm_count,
+    )
+    return TripleTerms(terms.loss + cos_loss, terms.soft, terms.hard, cos)

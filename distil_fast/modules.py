@@ -1,0 +1,162 @@
+"""The public functions as nn.Modules: settings in the constructor, tensors in forward. No parameters, no state.
+
+They know nothing that functional.py does not; arguments, formulae and errors are documented there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from distil_fast import functional
+from distil_fast.reference import Divergence, LossTerms, TripleTerms
+
+
+class _Loss(nn.Module):
+    """A function with its settings bound."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class DistillationLoss(_Loss):
+    """`distil_fast.distillation_loss` as a module."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 2.0,
+        soft_weight: float = 1.0,
+        hard_weight: float | None = None,
+        ignore_index: int = -100,
+        divergence: str | Divergence = "forward_kl",
+        t_squared: bool = True,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            ignore_index=ignore_index,
+            divergence=divergence,
+            t_squared=t_squared,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            inplace=inplace,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        soft_mask: Tensor | None = None,
+        soft_count: float | Tensor | None = None,
+        hard_count: float | Tensor | None = None,
+    ) -> LossTerms:
+        counts: dict[str, Any] = {"soft_mask": soft_mask, "soft_count": soft_count, "hard_count": hard_count}
+        return functional.distillation_loss(student_logits, teacher_logits, labels, **counts, **self.settings)
+
+
+class DivergenceLoss(_Loss):
+    """`distil_fast.divergence_loss` as a module."""
+
+    def __init__(
+        self,
+        *,
+        divergence: str | Divergence = "forward_kl",
+        temperature: float = 1.0,
+        t_squared: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(divergence=divergence, temperature=temperature, t_squared=t_squared, reduction=reduction)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        count: float | Tensor | None = None,
+    ) -> Tensor:
+        return functional.divergence_loss(student_logits, teacher_logits, mask=mask, count=count, **self.settings)
+
+
+class CrossEntropyLoss(_Loss):
+    """`distil_fast.cross_entropy` as a module."""
+
+    def __init__(self, *, ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+
+    def forward(self, logits: Tensor, labels: Tensor, *, count: float | Tensor | None = None) -> Tensor:
+        return functional.cross_entropy(logits, labels, count=count, **self.settings)
+
+
+class CosineLoss(_Loss):
+    """`distil_fast.cosine_loss` as a module."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        mask: Tensor | None = None,
+        count: float | Tensor | None = None,
+    ) -> Tensor:
+        return functional.cosine_loss(student_hidden, teacher_hidden, mask, count, **self.settings)
+
+
+class TripleLoss(_Loss):
+    """`distil_fast.triple_loss` as a module."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 2.0,
+        alpha_ce: float = 5.0,
+        alpha_mlm: float = 2.0,
+        alpha_cos: float = 1.0,
+        restrict_ce_to_mask: bool = False,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            alpha_ce=alpha_ce,
+            alpha_mlm=alpha_mlm,
+            alpha_cos=alpha_cos,
+            restrict_ce_to_mask=restrict_ce_to_mask,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        attention_mask: Tensor,
+        *,
+        ce_count: float | Tensor | None = None,
+        mlm_count: float | Tensor | None = None,
+        cos_count: float | Tensor | None = None,
+    ) -> TripleTerms:
+        counts: dict[str, Any] = {"ce_count": ce_count, "mlm_count": mlm_count, "cos_count": cos_count}
+        return functional.triple_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            student_hidden,
+            teacher_hidden,
+            attention_mask,
+            **counts,
+            **self.settings,
+        )

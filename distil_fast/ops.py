@@ -1,0 +1,358 @@
+"""The ops as torch sees them: schemas, fakes, and the autograd functions that hand gradients over.
+
+Eager calls go straight to the backend; where torch.compile or a dispatch mode looks on, they go through the ops of
+torch.library, which is what can be traced. It knows nothing of argument checks (functional.py) or formulae.
+Next: backends/native.py. docs/design.md says how a gradient reaches autograd, and why so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distil_fast.backends import native
+
+Scalar = float | Tensor
+
+# ------------------------------------------------------------------------------------------------ schemas
+# A scalar of a schema is a pair: a tensor, or else the number at its place in `numbers`.
+
+_SCALARS = (
+    "Tensor? temperature, Tensor? soft_weight, Tensor? hard_weight, Tensor? soft_count, Tensor? hard_count, "
+    "float[] numbers"
+)
+_ROW = (
+    f"Tensor? teacher, Tensor? labels, Tensor? soft_mask, {_SCALARS}, int ignore_index, str divergence, "
+    "float parameter, bool t_squared, float label_smoothing, str reduction"
+)
+_COSINE = "Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, float[] numbers, str reduction"
+
+_lib = torch.library.Library("distil_fast", "DEF")
+_lib.define(f"row_loss(Tensor student, {_ROW}) -> (Tensor, Tensor, Tensor)")
+_lib.define(f"row_loss_backward(Tensor upstream, Tensor student, {_ROW}) -> Tensor")
+_lib.define(f"row_loss_inplace(Tensor(a!) student, {_ROW}) -> (Tensor, Tensor, Tensor, Tensor)")
+_lib.define("rescale(Tensor(a!) grad, Tensor grad_output, Tensor unit) -> ()")
+_lib.define(f"cosine_loss({_COSINE}) -> (Tensor, Tensor)")
+_lib.define(f"cosine_loss_backward(Tensor upstream, {_COSINE}) -> Tensor")
+_lib.define("softmax(Tensor logits, Tensor? temperature, float number, bool logarithm) -> Tensor")
+_lib.define(
+    "softmax_backward(Tensor out, Tensor grad_out, Tensor? temperature, float number, bool logarithm) -> Tensor"
+)
+_ops = torch.ops.distil_fast
+
+
+def _paired(tensors: tuple[Tensor | None, ...], numbers: Any) -> list[Scalar]:
+    return [number if tensor is None else tensor for tensor, number in zip(tensors, numbers, strict=True)]
+
+
+def _split(scalars: tuple[Scalar, ...]) -> tuple[list[Tensor | None], list[float]]:
+    tensors = [s if isinstance(s, Tensor) else None for s in scalars]
+    return tensors, [-1.0 if isinstance(s, Tensor) else s for s in scalars]
+
+
+def _row_native(student: Tensor, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
+    """The row loss by the native core, from a schema's arguments."""
+    teacher, labels, soft_mask, *tensors = args[:8]
+    return native.row_loss(student, teacher, labels, soft_mask, *_paired(tuple(tensors), args[8]), *args[9:], **how)
+
+
+def _row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _row_native(student, args)[:3]
+
+
+def _row_loss_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor:
+    grad: Tensor = _row_native(student, args, gradient="fresh", upstream=upstream)[3]
+    return grad
+
+
+def _row_loss_inplace(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    loss, soft, hard, _, unit = _row_native(student, args, gradient="inplace")
+    return loss, soft, hard, unit
+
+
+def _cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    return native.cosine_loss(student, teacher, mask, *_paired(args[:2], args[2]), args[3])[:2]  # type: ignore[arg-type]
+
+
+def _cosine_loss_backward(
+    upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any
+) -> Tensor:
+    scalars = _paired(args[:2], args[2])
+    grad = native.cosine_loss(student, teacher, mask, *scalars, args[3], gradient=True, upstream=upstream)[2]  # type: ignore[arg-type, misc]
+    assert grad is not None
+    return grad
+
+
+def _softmax(logits: Tensor, temperature: Tensor | None, number: float, logarithm: bool) -> Tensor:
+    return native.softmax(logits, number if temperature is None else temperature, logarithm)
+
+
+def _softmax_backward(
+    out: Tensor, grad_out: Tensor, temperature: Tensor | None, number: float, logarithm: bool
+) -> Tensor:
+    return native.softmax_backward(out, grad_out, number if temperature is None else temperature, logarithm)
+
+
+# ------------------------------------------------------------------------------------------------ fakes
+
+
+def _fake_terms(values: Tensor, reduction: str, terms: int) -> tuple[Tensor, ...]:
+    shape = values.shape[:-1] if reduction == "none" else ()
+    return tuple(values.new_empty(shape, dtype=native.real_dtype(values)) for _ in range(terms))
+
+
+def _fake_row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_terms(student, args[-1], 3)
+
+
+def _fake_row_loss_inplace(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return (*_fake_terms(student, args[-1], 3), *_fake_terms(student, "sum", 1))
+
+
+def _fake_cosine_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_terms(student, args[-1], 2)
+
+
+def _fake_rows_like_second(_: Tensor, values: Tensor, *args: Any) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _fake_rows_like_first(values: Tensor, *args: Any) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _fake_nothing(*args: Any) -> None:
+    return None
+
+
+for _name, _implementation, _fake in (
+    ("row_loss", _row_loss, _fake_row_loss),
+    ("row_loss_backward", _row_loss_backward, _fake_rows_like_second),
+    ("row_loss_inplace", _row_loss_inplace, _fake_row_loss_inplace),
+    ("rescale", native.rescale, _fake_nothing),
+    ("cosine_loss", _cosine_loss, _fake_cosine_loss),
+    ("cosine_loss_backward", _cosine_loss_backward, _fake_rows_like_second),
+    ("softmax", _softmax, _fake_rows_like_first),
+    ("softmax_backward", _softmax_backward, _fake_rows_like_first),
+):
+    _lib.impl(_name, _implementation, "CPU")
+    torch.library.register_fake(f"distil_fast::{_name}", _fake, lib=_lib)
+
+
+# ------------------------------------------------------------------------------------------------ autograd
+
+_USED_UP = (
+    "distil_fast: the gradient of this loss was handed over by the first backward and is not kept for a second one. "
+    "Call the loss again, or use reduction='none', which computes it anew each time."
+)
+_ONCE = (
+    "distil_fast: the losses have a first derivative only. For a second one use the same function of "
+    "distil_fast.reference, which is plain torch."
+)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that says, when it is differentiated itself, that it cannot be."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(_ONCE)
+
+
+def _final(grad: Tensor) -> Tensor:
+    """The gradient as backward returns it; under create_graph=True its own derivative is a clear error."""
+    if torch.is_grad_enabled():
+        return _FirstDerivative.apply(grad, torch.ones((), requires_grad=True))  # type: ignore[no-any-return]
+    return grad
+
+
+def _keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save for backward; a tensor made under inference_mode, which autograd refuses to save, is held as it is."""
+    held = (
+        {}
+        if torch.compiler.is_compiling()
+        else {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    )
+    ctx.held = held
+    ctx.save_for_backward(*(None if i in held else t for i, t in enumerate(tensors)))
+
+
+def _kept(ctx: Any) -> list[Tensor | None]:
+    return [ctx.held.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+
+
+def _direct(values: Tensor) -> bool:
+    """Whether a call may skip the dispatcher: nobody traces, and the tensor is nothing but a tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(values) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+class _StoredRowLoss(torch.autograd.Function):
+    """Gradient in forward, applied in backward: three elements of traffic per logit pair where grad_output is 1."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, inplace: bool, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        if inplace:
+            loss, soft, hard, _, ctx.unit = _row_native(student, args, gradient="inplace")
+            torch.autograd.graph.increment_version(student)
+            ctx.grad = student.detach()
+        else:
+            loss, soft, hard, ctx.grad, ctx.unit = _row_native(student, args, gradient="fresh")
+        ctx.mark_non_differentiable(soft, hard)
+        ctx.set_materialize_grads(False)
+        return loss, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            raise RuntimeError(_USED_UP)
+        native.rescale(grad, grads[0], ctx.unit)
+        return _final(grad), None, None
+
+
+class _TracedInplaceRowLoss(torch.autograd.Function):
+    """The in-place gradient by ops that can be traced."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        grad = student.detach()
+        loss, soft, hard, unit = _ops.row_loss_inplace(grad, *args)
+        ctx.save_for_backward(grad, unit)
+        ctx.mark_non_differentiable(soft, hard)
+        return loss, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad, unit = ctx.saved_tensors
+        _ops.rescale(grad, grads[0], unit)
+        return grad, *(None,) * 15
+
+
+class _RecomputedRowLoss(torch.autograd.Function):
+    """Gradient in backward, from the logits: for upstream gradients per row, and for traced code, where keeping a stored
+    gradient would cost a second [rows, V] buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        loss, soft, hard = (_row_loss if _direct(student) else _ops.row_loss)(student, *args)
+        _keep(ctx, student, *args[:8])
+        ctx.settings = args[8:]
+        ctx.mark_non_differentiable(soft, hard)
+        return loss, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        student, *tensors = _kept(ctx)
+        assert student is not None
+        compute = _row_loss_backward if _direct(student) else _ops.row_loss_backward
+        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 15
+
+
+def row_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    scalars: tuple[Scalar, ...],
+    settings: tuple[Any, ...],
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and its two terms. scalars: temperature, weights, counts (-1: counted); settings: the schema's tail."""
+    tensors, numbers = _split(scalars)
+    args = (teacher, labels, soft_mask, *tensors, numbers, *settings)
+    direct = _direct(student)
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        return (_row_loss if direct else _ops.row_loss)(student, *args)  # type: ignore[return-value, no-any-return]
+    if inplace and not direct:
+        return _TracedInplaceRowLoss.apply(student, *args)  # type: ignore[no-any-return]
+    if direct and settings[-1] != "none":
+        return _StoredRowLoss.apply(student, inplace, args)  # type: ignore[no-any-return]
+    return _RecomputedRowLoss.apply(student, *args)  # type: ignore[no-any-return]
+
+
+class _StoredCosineLoss(torch.autograd.Function):
+    """Gradient in forward, applied in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        loss, term, ctx.grad, ctx.unit = native.cosine_loss(student, *args, gradient=True)
+        ctx.mark_non_differentiable(term)
+        ctx.set_materialize_grads(False)
+        return loss, term
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            raise RuntimeError(_USED_UP)
+        native.rescale(grad, grads[0], ctx.unit)
+        return _final(grad), None
+
+
+class _RecomputedCosineLoss(torch.autograd.Function):
+    """Gradient in backward, from the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        loss, term = (_cosine_loss if _direct(student) else _ops.cosine_loss)(student, *args)
+        _keep(ctx, student, *args[:4])
+        ctx.settings = args[4:]
+        ctx.mark_non_differentiable(term)
+        return loss, term
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        student, *tensors = _kept(ctx)
+        assert student is not None
+        compute = _cosine_loss_backward if _direct(student) else _ops.cosine_loss_backward
+        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 6
+
+
+def cosine_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Scalar, count: Scalar, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The weighted loss and the term before its weight; count -1: counted."""
+    direct = _direct(student)
+    tensors, numbers = _split((weight, count))
+    args = (teacher, mask, *tensors, numbers, reduction)
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        return (_cosine_loss if direct else _ops.cosine_loss)(student, *args)  # type: ignore[return-value, no-any-return]
+    if direct and reduction != "none":
+        return _StoredCosineLoss.apply(student, (teacher, mask, weight, count, reduction))  # type: ignore[no-any-return]
+    return _RecomputedCosineLoss.apply(student, *args)  # type: ignore[no-any-return]
+
+
+class _Softmax(torch.autograd.Function):
+    """softmax or log_softmax; backward needs the output alone."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: Tensor | None, number: float, logarithm: bool) -> Tensor:
+        out = (_softmax if _direct(logits) else _ops.softmax)(logits, temperature, number, logarithm)
+        _keep(ctx, out, temperature)
+        ctx.settings = number, logarithm
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        out, temperature = _kept(ctx)
+        assert out is not None
+        compute = _softmax_backward if _direct(out) else _ops.softmax_backward
+        return _final(compute(out.detach(), grads[0], temperature, *ctx.settings)), None, None, None
+
+
+def softmax(logits: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
+    """softmax(logits / temperature), or its logarithm."""
+    (tensor,), (number,) = _split((temperature,))
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Softmax.apply(logits, tensor, number, logarithm)  # type: ignore[no-any-return]
+    return (_softmax if _direct(logits) else _ops.softmax)(logits, tensor, number, logarithm)  # type: ignore[no-any-return]
