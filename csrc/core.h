@@ -52,7 +52,7 @@ struct RowLoss {
   const void* upstream = nullptr;  // [rows] Real: multiplies each row's gradient; null: 1
   void *loss = nullptr, *soft = nullptr,
        *hard = nullptr;  // Real: one each, or [rows] where nothing is reduced
-  void* unit = nullptr;  // Real, out: the gradient is stored in units of it (fp16 only; else 1)
+  double* unit = nullptr;  // out: the gradient is stored in units of it (fp16 only; else 1)
 };
 
 Fault row_loss_cpu(const RowLoss& call);
@@ -99,7 +99,7 @@ struct CosineLoss {
   Reduction reduction = Reduction::mean;
   const void* upstream = nullptr;
   void *loss = nullptr, *term = nullptr;  // term: before `weight`
-  void* unit = nullptr;
+  double* unit = nullptr;
 };
 
 Fault cosine_loss_cpu(const CosineLoss& call);

@@ -44,7 +44,7 @@ def check_pair(name: str, student: Tensor, teacher: object) -> None:
         )
     if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
         raise TypeError(
-            f"teacher_{name}: float64 goes with float64 only, got {teacher.dtype} beside the student's {student.dtype}. "
+            f"teacher_{name}: expected float64 beside float64 only, got {teacher.dtype} beside {student.dtype}. "
             "Convert one of them; float32, float16 and bfloat16 mix freely."
         )
     if teacher.requires_grad:
@@ -157,8 +157,8 @@ def check_reduction(reduction: str, **counts: object) -> None:
     for name, count in counts.items():
         if count is not None and reduction != "mean":
             raise ValueError(
-                f"{name} is the denominator of a mean, got reduction={reduction!r}. Use reduction='mean', or divide the "
-                "result yourself."
+                f"{name}: expected reduction='mean', whose denominator it is, got {reduction!r}. "
+                "Leave it out, and divide the result yourself."
             )
 
 

@@ -1,6 +1,6 @@
 """The public functions: check the arguments, then call one op. Shapes, conventions and errors are documented here.
 
-It knows nothing of kernels or autograd. Next: ops.py; docs/math.md for the formulae and the one home of each convention.
+It knows nothing of kernels or autograd. Next: ops.py; docs/math.md for the formulae and the home of each convention.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def _on_kernels(values: Tensor, name: str) -> bool:
     """Whether the fused kernels serve this call; plain torch does otherwise."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            f"distil_fast.{name} has no rules for torch.func transforms (vmap, grad, jvp, ...). Batches need none: leading "
-            f"dimensions are rows. For the transforms use distil_fast.reference.{name}, which is plain torch."
+            f"distil_fast.{name} has no rules for torch.func transforms (vmap, grad, jvp, ...). Batches need none: "
+            f"leading dimensions are rows. For the transforms use distil_fast.reference.{name}, which is plain torch."
         )
     return backends.is_native(values.device)
 
@@ -78,8 +78,8 @@ def distillation_loss(
             no-op where no gradient is needed; an error with reduction "none". A leaf's `.grad` then shares its memory.
 
     Returns:
-        LossTerms(loss, soft, hard), float32 (float64 for float64 logits), 0-d or `[...]`. A term without a valid row, or
-        with a count of 0, is 0 with zero gradient. Rows that no term uses are never read, whatever they hold.
+        LossTerms(loss, soft, hard), float32 (float64 for float64 logits), 0-d or `[...]`. A term without a valid row,
+        or with a count of 0, is 0 with zero gradient. Rows that no term uses are never read, whatever they hold.
 
     Raises:
         ValueError: shapes, devices, layouts or values that are not as above; a teacher, mask, weight, count or
@@ -243,7 +243,7 @@ def _softmax(name: str, logits: Tensor, temperature: float | Tensor) -> Tensor:
     checks.check_values("logits", logits)
     temperature = checks.check_temperature(temperature, logits)
     if not _on_kernels(logits, name):
-        return getattr(reference, name)(logits, temperature)  # type: ignore[no-any-return]
+        return getattr(reference, name)(logits, temperature)
     return ops.softmax(logits, temperature, name == "log_softmax")
 
 

@@ -7,6 +7,7 @@ Next: backends/native.py. docs/design.md says how a gradient reaches autograd, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ _lib.define(
 _ops = torch.ops.distil_fast
 
 
-def _paired(tensors: tuple[Tensor | None, ...], numbers: Any) -> list[Scalar]:
+def _paired(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> list[Any]:
     return [number if tensor is None else tensor for tensor, number in zip(tensors, numbers, strict=True)]
 
 
@@ -55,7 +56,7 @@ def _split(scalars: tuple[Scalar, ...]) -> tuple[list[Tensor | None], list[float
 def _row_native(student: Tensor, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
     """The row loss by the native core, from a schema's arguments."""
     teacher, labels, soft_mask, *tensors = args[:8]
-    return native.row_loss(student, teacher, labels, soft_mask, *_paired(tuple(tensors), args[8]), *args[9:], **how)
+    return native.row_loss(student, teacher, labels, soft_mask, *_paired(tensors, args[8]), *args[9:], **how)
 
 
 def _row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -69,18 +70,23 @@ def _row_loss_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor:
 
 def _row_loss_inplace(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     loss, soft, hard, _, unit = _row_native(student, args, gradient="inplace")
-    return loss, soft, hard, unit
+    return loss, soft, hard, loss.new_tensor(unit)
+
+
+def _rescale(grad: Tensor, grad_output: Tensor, unit: Tensor) -> None:
+    native.rescale(grad, grad_output, unit.item())
 
 
 def _cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return native.cosine_loss(student, teacher, mask, *_paired(args[:2], args[2]), args[3])[:2]  # type: ignore[arg-type]
+    weight, count = _paired(args[:2], args[2])
+    return native.cosine_loss(student, teacher, mask, weight, count, args[3])[:2]
 
 
 def _cosine_loss_backward(
     upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any
 ) -> Tensor:
-    scalars = _paired(args[:2], args[2])
-    grad = native.cosine_loss(student, teacher, mask, *scalars, args[3], gradient=True, upstream=upstream)[2]  # type: ignore[arg-type, misc]
+    weight, count = _paired(args[:2], args[2])
+    grad = native.cosine_loss(student, teacher, mask, weight, count, args[3], gradient=True, upstream=upstream)[2]
     assert grad is not None
     return grad
 
@@ -131,7 +137,7 @@ for _name, _implementation, _fake in (
     ("row_loss", _row_loss, _fake_row_loss),
     ("row_loss_backward", _row_loss_backward, _fake_rows_like_second),
     ("row_loss_inplace", _row_loss_inplace, _fake_row_loss_inplace),
-    ("rescale", native.rescale, _fake_nothing),
+    ("rescale", _rescale, _fake_nothing),
     ("cosine_loss", _cosine_loss, _fake_cosine_loss),
     ("cosine_loss_backward", _cosine_loss_backward, _fake_rows_like_second),
     ("softmax", _softmax, _fake_rows_like_first),
@@ -168,7 +174,7 @@ class _FirstDerivative(torch.autograd.Function):
 def _final(grad: Tensor) -> Tensor:
     """The gradient as backward returns it; under create_graph=True its own derivative is a clear error."""
     if torch.is_grad_enabled():
-        return _FirstDerivative.apply(grad, torch.ones((), requires_grad=True))  # type: ignore[no-any-return]
+        return _FirstDerivative.apply(grad, torch.ones((), requires_grad=True))
     return grad
 
 
@@ -183,7 +189,7 @@ def _keep(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(None if i in held else t for i, t in enumerate(tensors)))
 
 
-def _kept(ctx: Any) -> list[Tensor | None]:
+def _kept(ctx: Any) -> list[Any]:
     return [ctx.held.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
 
 
@@ -201,12 +207,11 @@ class _StoredRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, inplace: bool, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        loss, soft, hard, grad, ctx.unit = native.row_loss(student, *args, gradient="inplace" if inplace else "fresh")
         if inplace:
-            loss, soft, hard, _, ctx.unit = _row_native(student, args, gradient="inplace")
             torch.autograd.graph.increment_version(student)
-            ctx.grad = student.detach()
-        else:
-            loss, soft, hard, ctx.grad, ctx.unit = _row_native(student, args, gradient="fresh")
+            grad = student.detach()
+        ctx.grad = grad
         ctx.mark_non_differentiable(soft, hard)
         ctx.set_materialize_grads(False)
         return loss, soft, hard
@@ -239,8 +244,8 @@ class _TracedInplaceRowLoss(torch.autograd.Function):
 
 
 class _RecomputedRowLoss(torch.autograd.Function):
-    """Gradient in backward, from the logits: for upstream gradients per row, and for traced code, where keeping a stored
-    gradient would cost a second [rows, V] buffer."""
+    """Gradient in backward, from the logits: for upstream gradients per row, and for traced code, where applying
+    grad_output to a stored gradient would cost a second [rows, V] buffer."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -268,16 +273,18 @@ def row_loss(
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and its two terms. scalars: temperature, weights, counts (-1: counted); settings: the schema's tail."""
+    direct = _direct(student)
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    if direct and not (needs_grad and settings[-1] == "none"):
+        args = (teacher, labels, soft_mask, *scalars, *settings)
+        if needs_grad:
+            return _StoredRowLoss.apply(student, inplace, args)
+        return native.row_loss(student, *args)[:3]
     tensors, numbers = _split(scalars)
     args = (teacher, labels, soft_mask, *tensors, numbers, *settings)
-    direct = _direct(student)
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        return (_row_loss if direct else _ops.row_loss)(student, *args)  # type: ignore[return-value, no-any-return]
-    if inplace and not direct:
-        return _TracedInplaceRowLoss.apply(student, *args)  # type: ignore[no-any-return]
-    if direct and settings[-1] != "none":
-        return _StoredRowLoss.apply(student, inplace, args)  # type: ignore[no-any-return]
-    return _RecomputedRowLoss.apply(student, *args)  # type: ignore[no-any-return]
+    if not needs_grad:
+        return _ops.row_loss(student, *args)
+    return (_TracedInplaceRowLoss if inplace else _RecomputedRowLoss).apply(student, *args)
 
 
 class _StoredCosineLoss(torch.autograd.Function):
@@ -323,13 +330,15 @@ def cosine_loss(
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss and the term before its weight; count -1: counted."""
     direct = _direct(student)
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    if direct and not (needs_grad and reduction == "none"):
+        if needs_grad:
+            return _StoredCosineLoss.apply(student, (teacher, mask, weight, count, reduction))
+        return native.cosine_loss(student, teacher, mask, weight, count, reduction)[:2]
     tensors, numbers = _split((weight, count))
-    args = (teacher, mask, *tensors, numbers, reduction)
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        return (_cosine_loss if direct else _ops.cosine_loss)(student, *args)  # type: ignore[return-value, no-any-return]
-    if direct and reduction != "none":
-        return _StoredCosineLoss.apply(student, (teacher, mask, weight, count, reduction))  # type: ignore[no-any-return]
-    return _RecomputedCosineLoss.apply(student, *args)  # type: ignore[no-any-return]
+    if needs_grad:
+        return _RecomputedCosineLoss.apply(student, teacher, mask, *tensors, numbers, reduction)
+    return _ops.cosine_loss(student, teacher, mask, *tensors, numbers, reduction)
 
 
 class _Softmax(torch.autograd.Function):
@@ -340,7 +349,7 @@ class _Softmax(torch.autograd.Function):
         out = (_softmax if _direct(logits) else _ops.softmax)(logits, temperature, number, logarithm)
         _keep(ctx, out, temperature)
         ctx.settings = number, logarithm
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -354,5 +363,5 @@ def softmax(logits: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
     """softmax(logits / temperature), or its logarithm."""
     (tensor,), (number,) = _split((temperature,))
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _Softmax.apply(logits, tensor, number, logarithm)  # type: ignore[no-any-return]
-    return (_softmax if _direct(logits) else _ops.softmax)(logits, tensor, number, logarithm)  # type: ignore[no-any-return]
+        return _Softmax.apply(logits, tensor, number, logarithm)
+    return (_softmax if _direct(logits) else _ops.softmax)(logits, tensor, number, logarithm)

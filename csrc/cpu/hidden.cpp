@@ -28,9 +28,9 @@ Fault cosine_rows(const CosineLoss& c) {
   if (c.grad.data && c.grad.dtype == DType::f16 && !c.upstream) {
     double largest = 0.0;
     for (int64_t row = 0; row < rows; ++row) largest = std::fmax(largest, std::fabs(share(row) * c.weight));
-    if (largest > 0.0 && std::isfinite(largest)) unit = std::exp2(std::ceil(std::log2(largest)));
+    unit = unit_of(largest);
   }
-  if (c.unit) *static_cast<Real*>(c.unit) = static_cast<Real>(unit);
+  if (c.unit) *c.unit = unit;
 
   const auto& sweeps = table<Real>().hidden;
   const int s = index(c.student.dtype), t = index(c.teacher.dtype);
@@ -45,8 +45,9 @@ Fault cosine_rows(const CosineLoss& c) {
         return;
       }
       const char *student = row_at(c.student, row, c.inner), *teacher = row_at(c.teacher, row, c.inner);
-      const double ss = sweeps.square_sum[s](student, c.cols) + eps,
-                   tt = sweeps.square_sum[t](teacher, c.cols) + eps;
+      double ss, tt;
+      sweeps.square_sums[s][t](student, teacher, c.cols, &ss, &tt);
+      ss += eps, tt += eps;
       const double inverse_s = 1.0 / std::sqrt(ss), inverse_t = 1.0 / std::sqrt(tt);
       double e_square, u_e;
       sweeps.distance[s][t](student, teacher, c.cols, inverse_s, inverse_t, &e_square, &u_e);

@@ -2,17 +2,26 @@
 // nothing of masks, weights or threads. With u = s / |s| and v = t / |t|:  1 - cos = |u - v|^2 / 2, which
 // loses nothing as s -> t. Next: hidden.cpp, which conducts them; docs/math.md for the gradient.
 
-template <class V, class S>
-double square_sum(const void* hidden, int64_t n) {
-  const S* x = static_cast<const S*>(hidden);
-  const int64_t whole = n - n % V::width;
-  V total(0);
-  for (int64_t j = 0; j < whole; j += V::width) total = fma(load(x + j), load(x + j), total);
-  if (whole < n) {
-    V last = load(x + whole, n - whole, 0.0);
-    total = fma(last, last, total);
+// Rows are short and in L1: what bounds these loops is the latency of one running sum, so there are two.
+
+template <class V, class S, class T>
+void square_sums(const void* student, const void* teacher, int64_t n, double* ss, double* tt) {
+  const S* s = static_cast<const S*>(student);
+  const T* t = static_cast<const T*>(teacher);
+  constexpr int64_t w = V::width;
+  V s0(0), s1(0), t0(0), t1(0);
+  int64_t j = 0;
+  for (; j + 2 * w <= n; j += 2 * w) {
+    V a = load(s + j), b = load(s + j + w), c = load(t + j), d = load(t + j + w);
+    s0 = fma(a, a, s0), s1 = fma(b, b, s1), t0 = fma(c, c, t0), t1 = fma(d, d, t1);
   }
-  return sum(total);
+  for (; j < n; j += w) {
+    const int64_t k = n - j < w ? n - j : w;
+    V a = load(s + j, k, 0.0), c = load(t + j, k, 0.0);
+    s0 = fma(a, a, s0), t0 = fma(c, c, t0);
+  }
+  *ss = sum(s0 + s1);
+  *tt = sum(t0 + t1);
 }
 
 // e = v - u with one rounding: the product that would round s / |s| is corrected by its own error.
@@ -29,17 +38,24 @@ void distance(const void* student, const void* teacher, int64_t n, double invers
   const S* s = static_cast<const S*>(student);
   const T* t = static_cast<const T*>(teacher);
   const V is(inverse_s), it(inverse_t);
-  const int64_t whole = n - n % V::width;
-  V square(0), along(0);
-  auto step = [&](V sj, V tj) {
+  constexpr int64_t w = V::width;
+  V square0(0), square1(0), along0(0), along1(0);
+  auto step = [&](V sj, V tj, V& square, V& along) {
     V e = apart(sj, is, tj, it);
     square = fma(e, e, square);
     along = fma(sj * is, e, along);
   };
-  for (int64_t j = 0; j < whole; j += V::width) step(load(s + j), load(t + j));
-  if (whole < n) step(load(s + whole, n - whole, 0.0), load(t + whole, n - whole, 0.0));
-  *e_square = sum(square);
-  *u_e = sum(along);
+  int64_t j = 0;
+  for (; j + 2 * w <= n; j += 2 * w) {
+    step(load(s + j), load(t + j), square0, along0);
+    step(load(s + j + w), load(t + j + w), square1, along1);
+  }
+  for (; j < n; j += w) {
+    const int64_t k = n - j < w ? n - j : w;
+    step(load(s + j, k, 0.0), load(t + j, k, 0.0), square0, along0);
+  }
+  *e_square = sum(square0 + square1);
+  *u_e = sum(along0 + along1);
 }
 
 // grad = of_e e + of_u u. May be the student's own row.
@@ -59,7 +75,6 @@ void cosine_gradient(void* grad, const void* student, const void* teacher, int64
 
 template <class V, class S, class... T>
 constexpr void fill_hidden(HiddenSweeps<static_cast<int>(sizeof...(T))>& table, int s) {
-  table.square_sum[s] = square_sum<V, S>;
   int t = 0;
-  ((table.distance[s][t] = distance<V, S, T>, table.gradient[s][t] = cosine_gradient<V, S, T>, ++t), ...);
+  ((table.square_sums[s][t] = square_sums<V, S, T>, table.distance[s][t] = distance<V, S, T>, table.gradient[s][t] = cosine_gradient<V, S, T>, ++t), ...);
 }

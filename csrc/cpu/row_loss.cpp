@@ -94,8 +94,8 @@ class RowLossCall {
         const double size = std::fabs(soft_weight(row) / temperature_[row]) + std::fabs(hard_weight(row));
         if (size > largest) largest = size;
       }
-    unit_ = largest > 0.0 && std::isfinite(largest) ? std::exp2(std::ceil(std::log2(largest))) : 1.0;
-    if (c_.unit) *static_cast<Real*>(c_.unit) = static_cast<Real>(unit_);
+    unit_ = unit_of(largest);
+    if (c_.unit) *c_.unit = unit_;
     return {};
   }
 

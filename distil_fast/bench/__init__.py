@@ -1,0 +1,97 @@
+"""The benchmark: `distil-fast bench loss`, or `python -m benchmarks loss` in a checkout.
+
+This file knows the options alone; what they ask for is imported when it runs. Next: cases.py for what is measured,
+suite.py for how.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from distil_fast.bench.results import Results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sub-commands and their options."""
+    commands = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    for name, text in (
+        ("loss", "time, memory and error of the losses against eager and compiled torch and a copy of memory"),
+        ("overhead", "the cost of a call, on tensors so small that nothing else counts"),
+    ):
+        suite = commands.add_parser(name, help=text, description=text)
+        suite.add_argument("--quick", action="store_true", help="the main cases only, about a minute on two cores")
+        suite.add_argument("--filter", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+        suite.add_argument(
+            "--processes",
+            metavar="K",
+            type=_at_least_one,
+            default=1,
+            help="medians over K fresh processes (default: this one)",
+        )
+        suite.add_argument("--json", metavar="FILE", type=Path, help="write the results")
+        suite.add_argument("--png", metavar="FILE", type=Path, help="draw them")
+    show = commands.add_parser("show", help="the tables of an earlier run", description="The tables of an earlier run.")
+    show.add_argument("file", metavar="FILE", type=Path, help="what --json wrote")
+    show.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    show.add_argument("--png", metavar="FILE", type=Path, help="draw them")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs a suite, or shows an earlier run; 1 if a contender of ours was wrong or failed."""
+    from rich.console import Console
+
+    from distil_fast.bench import report, results
+
+    console = Console()
+    if arguments.suite == "show":
+        found = results.load(arguments.file)
+    else:
+        found = _measured(arguments, console)
+        if arguments.json:
+            results.save(found, arguments.json)
+    report.show(found, console, markdown=arguments.suite == "show" and arguments.markdown)
+    if arguments.png:
+        from distil_fast.bench import plot
+
+        plot.save(found, arguments.png)
+    return int(any(row.is_our_fault for row in found.rows))
+
+
+def _measured(arguments: argparse.Namespace, console: Console) -> Results:
+    """Runs the suite that was asked for."""
+    from distil_fast.bench import cases, measure, suite
+
+    chosen = cases.select(cases.SUITES[arguments.suite], quick=arguments.quick, containing=arguments.filter)
+    if not chosen:
+        raise SystemExit(f"bench {arguments.suite}: no case's name contains {arguments.filter!r}.")
+    with_memory = arguments.suite == "loss" and not arguments.quick and not arguments.filter
+    with console.status("starting") as status:
+        return suite.run(
+            chosen,
+            cases.MEMORY if with_memory else (),
+            measure.QUICK if arguments.quick else measure.FULL,
+            processes=arguments.processes,
+            command=_command(arguments),
+            note=status.update,
+        )
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The options that matter to the numbers, as one would type them."""
+    parts = ["distil-fast bench", arguments.suite]
+    parts += ["--quick"] if arguments.quick else []
+    parts += ["--filter", repr(arguments.filter)] if arguments.filter else []
+    parts += ["--processes", str(arguments.processes)] if arguments.processes > 1 else []
+    return " ".join(parts)

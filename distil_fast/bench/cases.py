@@ -1,0 +1,107 @@
+"""The table of cases: what is computed, on which shapes, and which contenders compute it.
+
+A new row of the benchmark is a new entry here. It knows neither how a case is computed nor how it is timed.
+Next: problems.py for what a case computes, contenders.py for who computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPE_NAMES = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
+LOSS_SCALE = 65536.0  # where torch.amp.GradScaler begins
+
+TORCH = ("eager", "compiled", "ours")
+AND_COMPILED = (*TORCH, "ours compiled")
+IN_FLOAT32 = ("eager", "eager float32", "compiled float32", "ours")
+INSTRUCTION_SETS = ("ours avx512_bf16", "ours avx512", "ours avx2", "ours portable")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One computation on one shape.
+
+    Cases of one group are timed in turn with each other, because their times are compared. `calls` is how many calls
+    one sample times: more than one where a call takes microseconds, which then also finds its data in cache.
+    `first_calls` asks for a further row: calls that get memory which the process has never used before.
+    """
+
+    problem: str
+    rows: int
+    cols: int
+    dtype: torch.dtype = FP32
+    inplace: bool = False
+    temperature: float | None = None
+    grad_output: float = 1.0
+    shifted: bool = False  # the rows are logits[:, :-1] of logits [4, rows / 4 + 1, cols]
+    calls: int = 1
+    contenders: tuple[str, ...] = TORCH
+    group: str = ""
+    first_calls: bool = False
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tells this case from every other."""
+        parts = [self.problem, DTYPE_NAMES[self.dtype], f"{self.rows}x{self.cols}"]
+        if self.temperature is not None:
+            parts += ["in place" if self.inplace else "fresh", f"T={self.temperature:g}"]
+        if self.grad_output != 1.0:
+            parts.append(f"grad_output={self.grad_output:g}")
+        if self.shifted:
+            parts.append("logits[:, :-1]")
+        return " ".join(parts)
+
+
+_CALL = "call overhead"
+_AT_2, _AT_37 = "512x30522 T=2", "512x30522 T=3.7"
+_MAIN = (512, 30522)
+
+LOSS: tuple[Case, ...] = (
+    Case("KL+CE", *_MAIN, FP32, True, 2.0, contenders=(*AND_COMPILED, *INSTRUCTION_SETS[1:]), group=_AT_2, quick=True),
+    Case("KL+CE", *_MAIN, FP32, False, 2.0, contenders=AND_COMPILED, group=_AT_2, first_calls=True, quick=True),
+    Case("KL+CE", *_MAIN, FP32, True, 2.0, grad_output=0.25, group=_AT_2),
+    Case("KL+CE", *_MAIN, FP16, True, 2.0, grad_output=LOSS_SCALE, contenders=IN_FLOAT32, group=_AT_2),
+    Case("KL+CE", *_MAIN, FP32, True, 2.0, shifted=True, group=_AT_2),
+    Case("KL+CE", *_MAIN, BF16, True, 2.0, contenders=(*AND_COMPILED, *INSTRUCTION_SETS), group=_AT_2, quick=True),
+    Case("KL+CE", *_MAIN, FP32, True, 3.7, group=_AT_37),
+    Case("KL+CE", *_MAIN, FP32, False, 3.7, group=_AT_37),
+    Case("KL+CE", *_MAIN, BF16, True, 3.7, group=_AT_37),
+    Case("KL+CE", 128, 128256, FP32, True, 2.0),
+    Case("KL+CE", 128, 128256, BF16, True, 2.0),
+    Case("KL+CE", 128, 151936, FP32, True, 2.0),
+    Case("KL+CE", 128, 151936, BF16, True, 2.0),
+    Case("softmax", *_MAIN),
+    Case("softmax backward", *_MAIN),
+    Case("cosine", 4096, 768),
+)
+
+OVERHEAD: tuple[Case, ...] = (
+    Case("KL+CE", 4, 16, FP32, False, 2.0, calls=200, contenders=AND_COMPILED, group=_CALL, quick=True),
+    Case("CE", 4, 16, calls=200, group=_CALL, quick=True),
+)
+
+# peak memory alone, not timed: in place, where all that is used is beyond the gradient
+MEMORY: tuple[Case, ...] = tuple(
+    Case("KL+CE", rows, cols, dtype, True, 2.0, contenders=("ours",))
+    for rows, cols, dtype in ((64, 30522, FP32), (64, 151936, FP32), (512, 151936, FP32), (512, 151936, BF16))
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {"loss": (*LOSS, *OVERHEAD), "overhead": OVERHEAD}
+
+
+def select(cases: Sequence[Case], *, quick: bool = False, containing: str = "") -> list[Case]:
+    """The cases of the quick run, or all, whose name contains a text."""
+    return [case for case in cases if (case.quick or not quick) and containing in case.name]
+
+
+def groups(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases that are timed in turn with each other; a case without a group is one by itself."""
+    by_group: dict[str, list[Case]] = {}
+    for case in cases:
+        by_group.setdefault(case.group or case.name, []).append(case)
+    return list(by_group.values())

@@ -1,0 +1,176 @@
+"""How things are timed: in turn, warm, with cold caches, and beside a copy of memory.
+
+Everything that is compared is sampled in the same rounds, so that a slow minute of the machine falls on all alike; what
+is slow itself takes part in fewer of them. It knows nothing of losses. Next: loss.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distil_fast.bench import machine
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds of warm-up per group, seconds of samples per contender within two bounds."""
+
+    warm_up: float
+    budget: float
+    fewest: int
+    most: int
+
+
+FULL = Effort(warm_up=2.0, budget=1.5, fewest=7, most=60)
+QUICK = Effort(warm_up=0.5, budget=0.5, fewest=3, most=20)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: quantiles over the samples."""
+
+    p20: float
+    p50: float
+    p80: float
+    samples: int
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Timing:
+        ordered = sorted(1e3 * s for s in seconds)
+        last = len(ordered) - 1
+        return Timing(ordered[round(0.2 * last)], statistics.median(ordered), ordered[round(0.8 * last)], len(ordered))
+
+
+class Sampled(Protocol):
+    """What can be timed. One sample is `calls` calls; where that is 1, the caches are emptied before it."""
+
+    @property
+    def calls(self) -> int: ...
+    def prepare(self) -> None: ...
+    def call(self) -> Any: ...
+
+
+class CacheEvictor:
+    """Empties the caches by reading twice what the last of them holds; reading leaves no write-back behind."""
+
+    def __init__(self) -> None:
+        self.memory = torch.ones(2 * machine.last_level_cache_bytes() // 4)
+
+    def __call__(self) -> None:
+        self.memory.sum()
+
+
+def sample(contender: Sampled, evict: Callable[[], object]) -> float:
+    """Seconds of one call. What it returns is freed after the clock has stopped."""
+    contender.prepare()
+    calls = range(contender.calls)
+    if len(calls) == 1:
+        evict()
+    start = time.perf_counter()
+    for _ in calls:
+        result = contender.call()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds / len(calls)
+
+
+def in_turn(contenders: Sequence[Sampled], effort: Effort, evict: Callable[[], object]) -> list[list[float]]:
+    """The samples of each contender in seconds a call, taken in rounds in which each comes up at most once."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        last = _warm_up(contenders, effort, evict)
+        counts = [
+            max(effort.fewest, min(effort.most, int(effort.budget / (seconds * contender.calls))))
+            for contender, seconds in zip(contenders, last, strict=True)
+        ]
+        samples: list[list[float]] = [[] for _ in contenders]
+        for number in schedule(counts):
+            samples[number].append(sample(contenders[number], evict))
+        return samples
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _warm_up(contenders: Sequence[Sampled], effort: Effort, evict: Callable[[], object]) -> list[float]:
+    """Calls all in turn, at least twice and for `warm_up` seconds; returns what each took the last time."""
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < 2 or time.perf_counter() - start < effort.warm_up:
+        last = [sample(contender, evict) for contender in contenders]
+        rounds += 1
+    return last
+
+
+def schedule(counts: Sequence[int]) -> list[int]:
+    """Whose turn it is, so that number i comes up counts[i] times, evenly spread over the rounds."""
+    rounds = max(counts, default=0)
+    return [
+        number
+        for turn in range(rounds)
+        for number, count in enumerate(counts)
+        if (turn + 1) * count // rounds > turn * count // rounds
+    ]
+
+
+class Copy:
+    """The fastest copy of memory that torch or the C library make with all threads: the yardstick of every case.
+
+    Both arrays lie in huge pages that have been touched, and together are eight times the last cache. The C library
+    streams such sizes past the caches; torch's copy_ reads the destination before it overwrites it on some machines.
+    """
+
+    calls = 1
+
+    def __init__(self, evict: Callable[[], object]) -> None:
+        self.bytes = 4 * machine.last_level_cache_bytes()
+        self.source, self.destination = _touched(self.bytes), _touched(self.bytes)
+        self.threads = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.threads)
+        methods: dict[str, Callable[[], object]] = {"torch copy_": self._copy, "memmove on all threads": self._memmove}
+        seconds = {}
+        for self.method, self.call in methods.items():
+            seconds[self.method] = statistics.median(sample(self, evict) for _ in range(7))
+        self.method = min(seconds, key=seconds.__getitem__)
+        self.call = methods[self.method]
+
+    def prepare(self) -> None:
+        pass
+
+    def gb_per_s(self, seconds: float) -> float:
+        """Bytes read and written over the time of a copy."""
+        return 2e-9 * self.bytes / seconds
+
+    def _copy(self) -> None:
+        self.destination.copy_(self.source)
+
+    def _memmove(self) -> None:
+        share = self.bytes // self.threads
+        halves = [
+            self.pool.submit(
+                ctypes.memmove, self.destination.data_ptr() + i * share, self.source.data_ptr() + i * share, share
+            )
+            for i in range(self.threads)
+        ]
+        for half in halves:
+            half.result()
+
+
+def _touched(size: int) -> Tensor:
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)

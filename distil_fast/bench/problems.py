@@ -1,0 +1,272 @@
+"""What the cases compute: for each operation its inputs, torch's formula, ours, and the answer in float64.
+
+It knows nothing of time, nor of who calls it how. Inputs are random and the same in every run. The last two rows are
+those of a student that nearly agrees with its teacher, where formulas that round on the way lose their gradient.
+Next: correctness.py, which compares with the answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+import distil_fast
+from distil_fast import reference
+from distil_fast.bench.cases import Case
+
+SOFT_WEIGHT, HARD_WEIGHT = 0.5, 0.5
+NEAR = 2  # rows where the models nearly agree
+DIFFERENCE = 0.01  # between their logits there
+CHECKED = 8  # other rows whose gradient is compared
+ORACLE_ROWS = 32  # at a time, to keep the float64 copies small
+
+Function = Callable[..., Tensor]
+
+
+class Outcome(NamedTuple):
+    """What one call returned: a loss, if the operation has one, and the array of the operation, mostly a gradient."""
+
+    loss: Tensor | None
+    array: Tensor
+
+
+class Exact(NamedTuple):
+    """The float64 answer: the loss of all rows, and some rows of the array, the last `near` those that nearly agree."""
+
+    loss: float | None
+    rows: Tensor
+    array: Tensor
+    near: int
+
+
+class Problem(ABC):
+    """The inputs of one case, which all contenders share. `arrays` of the input's size must be read or written."""
+
+    arrays: ClassVar[int] = 3
+    inputs: tuple[Tensor, ...]
+
+    @property
+    def floor_bytes(self) -> int:
+        """The least memory traffic of the operation, credited to every contender."""
+        return self.arrays * self.inputs[0].numel() * self.inputs[0].element_size()
+
+    @abstractmethod
+    def formula(self, *inputs: Any) -> Tensor:
+        """The operation in torch, as its users write it."""
+
+    @abstractmethod
+    def ours(self, *inputs: Any) -> Tensor:
+        """The operation by distil_fast."""
+
+    def prepare(self, function: Function) -> None:  # noqa: B027 - most need nothing
+        """What a call needs and the clock must not see."""
+
+    @abstractmethod
+    def run(self, function: Function) -> Outcome:
+        """One call, all of it timed."""
+
+    @abstractmethod
+    def exact(self) -> Exact:
+        """The answer, from the inputs as rounded to the case's dtype."""
+
+
+class LossProblem(Problem):
+    """A loss of rows of a student (and a teacher), and its gradient in the student."""
+
+    spread: ClassVar[float]  # standard deviation of the inputs
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(0)
+        teacher, student = (torch.randn(case.rows, case.cols, generator=generator).mul_(self.spread) for _ in range(2))
+        student[-NEAR:] = teacher[-NEAR:] + DIFFERENCE * torch.randn(NEAR, case.cols, generator=generator)
+        self.student = _laid_out(student, case).requires_grad_()
+        self.teacher = _laid_out(teacher, case)
+        self.pristine = self.student.detach().clone() if case.inplace else self.student.detach()
+        self.labels = torch.randint(case.cols, (case.rows,), generator=generator)
+        self.labels[-NEAR:] = -100  # so that their gradient is that of the divergence alone
+        self.grad_output = torch.tensor(case.grad_output)
+        self.inputs = (self.student, self.teacher, self.labels.view(self.student.shape[:-1]))
+
+    @abstractmethod
+    def definition(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The share of some rows in the loss, by distil_fast.reference."""
+
+    def prepare(self, function: Function) -> None:
+        if self.case.inplace:
+            with torch.no_grad():
+                self.student.copy_(self.pristine)
+
+    def run(self, function: Function) -> Outcome:
+        loss = function(*self.inputs)
+        scaled = loss if self.case.grad_output == 1.0 else loss * self.grad_output
+        (gradient,) = torch.autograd.grad(scaled, self.student)
+        return Outcome(loss, gradient)
+
+    def exact(self) -> Exact:
+        data = (_rows(self.pristine), _rows(self.teacher), self.labels)
+        loss = sum(
+            float(self.definition(student.double(), teacher.double(), labels))
+            for student, teacher, labels in zip(*(t.split(ORACLE_ROWS) for t in data), strict=True)
+        )
+        near = torch.arange(self.case.rows - NEAR, self.case.rows)
+        chosen = torch.cat([_spread_out(self.case.rows - NEAR), near])
+        student, teacher, labels = (t[chosen] for t in data)
+        student = student.double().requires_grad_()
+        share = self.definition(student, teacher.double(), labels) * self.case.grad_output
+        return Exact(loss, chosen, torch.autograd.grad(share, student)[0], NEAR)
+
+
+class KLAndCrossEntropy(LossProblem):
+    """0.5 T^2 KL(teacher || student) at temperature T + 0.5 cross-entropy; every row but the last two has a label."""
+
+    spread = 3.0
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        assert case.temperature is not None
+        self.temperature = case.temperature
+
+    def formula(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        s, t, temperature = student.flatten(0, -2), teacher.flatten(0, -2), self.temperature
+        soft = F.kl_div(F.log_softmax(s / temperature, -1), F.softmax(t / temperature, -1), reduction="batchmean")
+        return soft * (temperature**2 * SOFT_WEIGHT) + F.cross_entropy(s, labels.flatten()) * HARD_WEIGHT
+
+    def ours(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return distil_fast.distillation_loss(
+            student,
+            teacher,
+            labels,
+            temperature=self.temperature,
+            soft_weight=SOFT_WEIGHT,
+            hard_weight=HARD_WEIGHT,
+            inplace=self.case.inplace,
+        ).loss
+
+    def definition(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        rows = self.case.rows
+        return reference.distillation_loss(
+            student,
+            teacher,
+            labels,
+            temperature=self.temperature,
+            soft_weight=SOFT_WEIGHT,
+            hard_weight=HARD_WEIGHT,
+            soft_count=rows,
+            hard_count=rows - NEAR,
+        ).loss
+
+
+class CrossEntropy(LossProblem):
+    """Cross-entropy of the student; the teacher is not read."""
+
+    arrays = 2
+    spread = 3.0
+
+    def formula(self, student: Tensor, _: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(student, labels)
+
+    def ours(self, student: Tensor, _: Tensor, labels: Tensor) -> Tensor:
+        return distil_fast.cross_entropy(student, labels)
+
+    def definition(self, student: Tensor, _: Tensor, labels: Tensor) -> Tensor:
+        return reference.cross_entropy(student, labels, count=self.case.rows - NEAR)
+
+
+class Cosine(LossProblem):
+    """1 - cos of hidden states, averaged."""
+
+    spread = 1.0
+
+    def formula(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        return F.cosine_embedding_loss(student, teacher, student.new_ones(len(student)))
+
+    def ours(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        return distil_fast.cosine_loss(student, teacher)
+
+    def definition(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        return reference.cosine_loss(student, teacher, count=self.case.rows)
+
+
+class Softmax(Problem):
+    """softmax of rows at T = 1, without a gradient."""
+
+    arrays = 2
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.logits = torch.randn(case.rows, case.cols, generator=generator).mul_(3.0).to(case.dtype)
+        self.inputs = (self.logits,)
+
+    def formula(self, logits: Tensor) -> Tensor:
+        return F.softmax(logits, -1)
+
+    def ours(self, logits: Tensor) -> Tensor:
+        return distil_fast.softmax(logits)
+
+    def run(self, function: Function) -> Outcome:
+        return Outcome(None, function(self.logits))
+
+    def exact(self) -> Exact:
+        chosen = _spread_out(len(self.logits))
+        return Exact(None, chosen, reference.softmax(self.logits[chosen].double()), 0)
+
+
+class SoftmaxBackward(Softmax):
+    """The backward of softmax, from its output and the output's gradient."""
+
+    arrays = 3
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.logits.requires_grad_()
+        self.upstream = torch.randn(self.logits.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+
+    def prepare(self, function: Function) -> None:
+        self.out = function(self.logits)
+
+    def run(self, function: Function) -> Outcome:
+        return Outcome(None, torch.autograd.grad(self.out, self.logits, self.upstream)[0])
+
+    def exact(self) -> Exact:
+        chosen = _spread_out(len(self.logits))
+        logits = self.logits.detach()[chosen].double().requires_grad_()
+        (gradient,) = torch.autograd.grad(reference.softmax(logits), logits, self.upstream[chosen].double())
+        return Exact(None, chosen, gradient, 0)
+
+
+PROBLEMS: dict[str, Callable[[Case], Problem]] = {
+    "KL+CE": KLAndCrossEntropy,
+    "CE": CrossEntropy,
+    "cosine": Cosine,
+    "softmax": Softmax,
+    "softmax backward": SoftmaxBackward,
+}
+
+
+def make(case: Case) -> Problem:
+    """The problem of a case, its inputs filled."""
+    return PROBLEMS[case.problem](case)
+
+
+def _laid_out(values: Tensor, case: Case) -> Tensor:
+    """Values [rows, cols] in the case's dtype and layout."""
+    if not case.shifted:
+        return values.to(case.dtype)
+    logits = torch.zeros(4, case.rows // 4 + 1, case.cols, dtype=case.dtype)
+    logits[:, :-1] = values.view(4, -1, case.cols)
+    return logits[:, :-1]
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _spread_out(rows: int) -> Tensor:
+    """Numbers of a few rows, from the first to the last."""
+    return torch.linspace(0, rows - 1, min(rows, CHECKED)).long()

@@ -1,0 +1,153 @@
+"""What a run found, as plain data: rows of measurements, what follows from them, and the JSON that holds them.
+
+Only what was measured is stored; rates and ratios are computed where they are shown. Several processes' results become
+one by medians. It knows nothing of how things are measured or shown. Next: targets.py, report.py.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distil_fast.bench.contenders import ABSENT, family
+from distil_fast.bench.correctness import Errors
+from distil_fast.bench.measure import Timing
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of one case. `floor_bytes`: its least traffic, 0 where data is in cache. `refused`: why it was not
+    timed. Errors as in correctness.Errors."""
+
+    case: str
+    contender: str
+    floor_bytes: int
+    errors: Errors | None = None
+    refused: str | None = None
+    timing: Timing | None = None
+    peak_extra_bytes: int | None = None
+
+    @property
+    def is_our_fault(self) -> bool:
+        """Whether distil_fast was wrong or failed, which no one else's mistake may hide."""
+        return family(self.contender) == "ours" and self.refused is not None and not self.refused.startswith(ABSENT)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of one call beyond the gradient, in place."""
+
+    case: str
+    peak_extra_bytes: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole run. `copy_gb_per_s`: the yardstick's median rate in each group of cases."""
+
+    command: str
+    date: str
+    machine: dict[str, Any]
+    copy_method: str
+    copy_gb_per_s: list[float]
+    rows: list[Row]
+    memory: list[Memory] = field(default_factory=list)
+    processes: int = 1
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of the fastest copy that was measured, which makes the floor."""
+        return 1e9 * max(self.copy_gb_per_s)
+
+    @property
+    def unrest(self) -> float:
+        """By how much the yardstick fell behind its best in some group: above 0.15, the machine was busy."""
+        return 1.0 - min(self.copy_gb_per_s) / max(self.copy_gb_per_s)
+
+    def floor_ms(self, row: Row) -> float:
+        """The time that the operation's least traffic takes at the speed of a copy."""
+        return 1e3 * row.floor_bytes / self.bandwidth
+
+    def row(self, case: str, contender: str) -> Row | None:
+        return next((row for row in self.rows if (row.case, row.contender) == (case, contender)), None)
+
+    def ms(self, case: str, contender: str) -> float | None:
+        """The median time; None if it was not measured."""
+        row = self.row(case, contender)
+        return row.timing.p50 if row and row.timing else None
+
+    def times_faster(self, row: Row, than: str) -> float | None:
+        """How many times faster a row is than the first timed contender of a family in its case."""
+        other = next((r for r in self.rows if r.case == row.case and family(r.contender) == than and r.timing), None)
+        return other.timing.p50 / row.timing.p50 if row.timing and other and other.timing else None
+
+    def by_case(self) -> Iterator[tuple[str, list[Row]]]:
+        """The rows of each case, in the order of the table."""
+        for case in dict.fromkeys(row.case for row in self.rows):
+            yield case, [row for row in self.rows if row.case == case]
+
+
+def merged(runs: Sequence[Results]) -> Results:
+    """The runs of several processes as one: medians of times, the largest errors; refused where any run refused."""
+    first = runs[0]
+    rows = [_merged_row([run.rows[i] for run in runs]) for i in range(len(first.rows))]
+    copies = [statistics.median(group) for group in zip(*(run.copy_gb_per_s for run in runs), strict=True)]
+    return replace(first, rows=rows, copy_gb_per_s=copies, processes=len(runs))
+
+
+def _merged_row(rows: Sequence[Row]) -> Row:
+    errors = [row.errors for row in rows if row.errors]
+    refused = next((row.refused for row in rows if row.refused), None)
+    timings = [row.timing for row in rows if row.timing]
+    return replace(
+        rows[0],
+        errors=Errors(*(_largest(values) for values in zip(*errors, strict=True))) if errors else None,  # type: ignore[arg-type]
+        refused=refused,
+        timing=None if refused or not timings else _merged_timing(timings),
+    )
+
+
+def _merged_timing(timings: Sequence[Timing]) -> Timing:
+    p20, p50, p80 = (statistics.median(getattr(t, q) for t in timings) for q in ("p20", "p50", "p80"))
+    return Timing(p20, p50, p80, sum(t.samples for t in timings))
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    return max((v for v in values if v is not None), default=None)
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+def save(results: Results, path: Path) -> None:
+    """Writes the results, so that `load` gives them back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {"schema": SCHEMA, **asdict(results)}
+    for row, stored in zip(results.rows, data["rows"], strict=True):
+        stored["errors"] = row.errors and row.errors._asdict()
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def load(path: Path) -> Results:
+    """Reads what `save` wrote.
+
+    Raises:
+        ValueError: another schema.
+    """
+    data = json.loads(path.read_text())
+    if data.pop("schema", None) != SCHEMA:
+        raise ValueError(f"{path}: expected benchmark results of schema {SCHEMA}. Run the benchmark again.")
+    data["rows"] = [_row(row) for row in data["rows"]]
+    data["memory"] = [Memory(**memory) for memory in data["memory"]]
+    return Results(**data)
+
+
+def _row(data: dict[str, Any]) -> Row:
+    errors, timing = data.pop("errors"), data.pop("timing")
+    return Row(**data, errors=errors and Errors(**errors), timing=timing and Timing(**timing))

@@ -1,0 +1,127 @@
+"""One run of a suite: every case's contenders checked, then timed in turn, in one process or in several fresh ones.
+
+It knows neither formulae nor tables. Next: measure.py for the clock, report.py for what is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import torch
+
+from distil_fast import _C
+from distil_fast.bench import cases, contenders, correctness, isolated, machine, measure, problems, results
+from distil_fast.bench.cases import Case
+from distil_fast.bench.contenders import Contender
+from distil_fast.bench.measure import Effort, Timing
+from distil_fast.bench.results import Memory, Results, Row
+
+FIRST_CALLS, FIRST_CALL = 5, "ours, first call"
+Note = Callable[[str], None]
+
+
+def run(
+    chosen: Sequence[Case], memory: Sequence[Case], effort: Effort, *, processes: int, command: str, note: Note
+) -> Results:
+    """Measures the cases and the peak memory of `memory`; `note` is told what is going on."""
+    described = machine.describe()
+    if processes == 1:
+        found = _timed(chosen, effort, note)
+    else:
+        runs = []
+        for number in range(processes):
+            note(f"process {number + 1} of {processes}")
+            runs.append(isolated.fresh(_timed, chosen, effort))
+        found = results.merged(runs)
+    found = replace(found, command=command, machine=described, rows=_with_isolated(found, chosen, note))
+    return replace(found, memory=_beyond_gradient(memory, note))
+
+
+def _timed(chosen: Sequence[Case], effort: Effort, note: Note = lambda text: None) -> Results:
+    """Everything that the clock tells, in this process."""
+    evict = measure.CacheEvictor()
+    copy = measure.Copy(evict)
+    rows: list[Row] = []
+    rates: list[float] = []
+    try:
+        for group in cases.groups(chosen):
+            note(f"{group[0].name}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
+            found, copy_seconds = _timed_group(group, copy, effort, evict)
+            rows += found
+            rates.append(copy.gb_per_s(copy_seconds))
+    finally:
+        _C.use_instruction_set(contenders.BEST_INSTRUCTION_SET)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Results("", date, {}, copy.method, rates, rows)
+
+
+def _timed_group(
+    group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: Callable[[], object]
+) -> tuple[list[Row], float]:
+    """The rows of cases that are timed in turn, and the copy's median seconds beside them."""
+    torch._dynamo.reset()  # other groups' compiled code
+    rows: list[Row] = []
+    admitted: list[Contender] = []
+    numbers: list[int] = []
+    for case in group:
+        problem = problems.make(case)
+        exact = problem.exact()
+        for name in case.contenders:
+            row, contender = checked(name, case, problem, exact)
+            if contender is not None:
+                admitted.append(contender)
+                numbers.append(len(rows))
+            rows.append(row)
+    copied, *samples = measure.in_turn([copy, *admitted], effort, evict)
+    for number, seconds in zip(numbers, samples, strict=True):
+        rows[number] = replace(rows[number], timing=Timing.of(seconds))
+    return rows, 1e-3 * Timing.of(copied).p50
+
+
+def checked(name: str, case: Case, problem: problems.Problem, exact: problems.Exact) -> tuple[Row, Contender | None]:
+    """A contender's row before it is timed, and the contender, unless it is absent, fails, or is wrong."""
+    floor_bytes = problem.floor_bytes if case.calls == 1 else 0
+    row = Row(case.name, name, floor_bytes)
+    try:
+        contender = contenders.build(name, case, problem)
+        contender.prepare()
+        found = correctness.errors(contender.call(), exact)
+    except contenders.UnavailableError as error:
+        return replace(row, refused=str(error)), None
+    except Exception as error:  # whatever stops someone else's code is a line of the table, not the end of the run
+        return replace(row, refused=f"fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"), None
+    refused = correctness.verdict(found, case.dtype)
+    return replace(row, errors=found, refused=refused), None if refused else contender
+
+
+def _with_isolated(found: Results, chosen: Sequence[Case], note: Note) -> list[Row]:
+    """The rows with their peak memory, and rows of first calls, each from fresh processes."""
+    rows: list[Row] = []
+    for case in chosen:
+        own = [row for row in found.rows if row.case == case.name]
+        if case.calls == 1:
+            note(f"peak memory of {case.name}")
+            names = tuple(
+                name for name in ("ours", *case.contenders) if any(r.contender == name and r.timing for r in own)
+            )
+            peaks = isolated.fresh(isolated.peak_extra_bytes, case, tuple(dict.fromkeys(names)))
+            own = [replace(row, peak_extra_bytes=peaks.get(row.contender)) for row in own]
+        rows += own
+        ours = next((row for row in own if row.contender == "ours" and row.timing), None)
+        if case.first_calls and ours:
+            note(f"first calls of {case.name}")
+            seconds = isolated.fresh(isolated.first_calls, case, FIRST_CALLS)
+            rows.append(replace(ours, contender=FIRST_CALL, timing=Timing.of(seconds)))
+    return rows
+
+
+def _beyond_gradient(chosen: Sequence[Case], note: Note) -> list[Memory]:
+    """What calls in place take, at several shapes."""
+    found = []
+    for case in chosen:
+        note(f"peak memory of {case.name}")
+        peaks = isolated.fresh(isolated.peak_extra_bytes, case, case.contenders)
+        found += [Memory(case.name, peak) for peak in peaks.values()]
+    return found

@@ -1,0 +1,103 @@
+"""Calls of the kernels under test, in two ways: as a user does, and by the backend, where the fp16 unit is visible.
+
+Knows arguments and defaults; what is right is oracle.py's affair. Next: oracle.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import distil_fast
+from distil_fast import LossTerms, reference
+from distil_fast.backends import native
+from tests import oracle
+
+
+@dataclass(frozen=True)
+class Result:
+    """Loss and terms, and the student's gradient in units of `unit`."""
+
+    values: dict[str, Tensor]
+    grad: Tensor
+    unit: float = 1.0
+
+    def check(self, truth: oracle.Truth, where: str) -> None:
+        oracle.check_values(self.values, truth, where)
+        oracle.check_gradient(self.grad, truth, where, self.unit)
+
+
+def by_autograd(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    upstream: Tensor | None = None,
+    **settings: Any,
+) -> Result:
+    """distillation_loss and its backward; the gradient is final."""
+    student = student.detach().requires_grad_()
+    terms = distil_fast.distillation_loss(student, teacher, labels, **settings)
+    (grad,) = torch.autograd.grad(terms.loss, student, upstream)
+    return Result(_values(terms), grad)
+
+
+def by_backend(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    gradient: str = "fresh",
+    upstream: Tensor | None = None,
+    **settings: Any,
+) -> Result:
+    """The same call of the native core, with the gradient as the kernel stores it."""
+    divergence = reference.as_divergence(settings.get("divergence", "forward_kl"))
+    hard_weight = settings.get("hard_weight")
+    loss, soft, hard, grad, unit = native.row_loss(
+        student,
+        teacher,
+        labels,
+        settings.get("soft_mask"),
+        settings.get("temperature", 2.0),
+        settings.get("soft_weight", 1.0),
+        (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight,
+        -1.0 if settings.get("soft_count") is None else settings["soft_count"],
+        -1.0 if settings.get("hard_count") is None else settings["hard_count"],
+        settings.get("ignore_index", -100),
+        divergence.name,
+        divergence.parameter,
+        settings.get("t_squared", True),
+        settings.get("label_smoothing", 0.0),
+        settings.get("reduction", "mean"),
+        gradient=gradient,
+        upstream=upstream,
+    )
+    assert grad is not None
+    return Result(_values(LossTerms(loss, soft, hard)), grad, unit)
+
+
+def _values(terms: LossTerms) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in terms._asdict().items()}
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    where: str = "",
+    upstream: Tensor | None = None,
+    **settings: Any,
+) -> Result:
+    """The call as a user makes it, against the fp64 truth. A reduced fp16 gradient is compared where it is stored."""
+    truth = oracle.exact(student, teacher, labels, upstream, **settings)
+    result = by_autograd(student, teacher, labels, upstream, **settings)
+    where = f"{where} {student.dtype} {tuple(student.shape)} {settings}"
+    oracle.check_values(result.values, truth, where)
+    if student.dtype == torch.float16 and upstream is None:
+        by_backend(student, teacher, labels, **settings).check(truth, where)
+    else:
+        oracle.check_gradient(result.grad, truth, where)
+    return result
