@@ -35,8 +35,8 @@ struct Fault {
 struct RowLoss {
   int64_t outer = 0, inner = 0, cols = 0;  // rows = outer * inner
   Matrix student, teacher;                 // teacher.data null: no soft term
-  Matrix grad;  // of the student's dtype; data null: no gradient; may be the student itself
-  const int64_t* labels = nullptr;  // [rows]; null: no hard term
+  Matrix grad;                             // of the student's dtype; data null: no gradient; may be the student itself
+  const int64_t* labels = nullptr;         // [rows]; null: no hard term
   int64_t ignore_index = -100;
   const void* soft_mask = nullptr;  // [rows] bool, or Real token weights; null: every row
   bool mask_is_bool = false;
@@ -51,7 +51,7 @@ struct RowLoss {
   double parameter = 0.0;          // its run-time parameter
   const void* upstream = nullptr;  // [rows] Real: multiplies each row's gradient; null: 1
   void *loss = nullptr, *soft = nullptr,
-       *hard = nullptr;  // Real: one each, or [rows] where nothing is reduced
+       *hard = nullptr;    // Real: one each, or [rows] where nothing is reduced
   double* unit = nullptr;  // out: the gradient is stored in units of it (fp16 only; else 1)
 };
 

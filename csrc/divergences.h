@@ -1,8 +1,8 @@
-// divergences.h: THE MATHS. A divergence is (r, p, q) -> (f, g), with p the teacher's probability, q the
-// student's and r = log q - log p; D = sum f, and g = df / dlog q up to c q, with c such that g = 0 where p =
-// q. It knows nothing of softmax, temperature, dtype, vector width, labels or reduction. `V` is a vector of
-// any width or a scalar; its vocabulary (select, abs, min, expm1, ...) belongs to V and is found where V is
-// known. Derivations: docs/math.md.
+// divergences.h: THE MATHS. A divergence is (r, p, q) -> (f, g), with p the teacher's probability, q the student's and
+// r = log q - log p; D = sum f, and g = df / dlog q up to c q, with c such that g = 0 where p = q.
+// It knows nothing of softmax, temperature, dtype, vector width, labels or reduction. `V` is a vector of any width or a
+// scalar; its vocabulary (select, abs, min, expm1, ...) belongs to V. `centred` says that g grows with r: it is then taken
+// relative to `centre`, the row's estimate of D, so that nothing cancels later. Derivations: docs/math.md.
 #pragma once
 
 #ifndef DISTIL_FAST_FN
@@ -25,7 +25,8 @@ DISTIL_FAST_FN V times(V weight, V factor) {
 // KL(p || q): f = p (expm1(r) - r), g = q - p. As r -> 0 both are computed from r alone, without
 // cancellation.
 struct ForwardKL {
-  double unused;
+  static constexpr bool centred = false;
+  double unused, centre;
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
     V tail = expm1_tail(r);  // expm1(r) - r
@@ -35,19 +36,21 @@ struct ForwardKL {
   }
 };
 
-// KL(q || p): f = q (r + expm1(-r)), g = q r.
+// KL(q || p): f = q (r + expm1(-r)), g = q (r - centre).
 struct ReverseKL {
-  double unused;
+  static constexpr bool centred = true;
+  double unused, centre;
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
-    V g = times(q, r);
-    return {select(abs(r) < V(0.5), q * expm1_tail(V(0) - r), g + (p - q)), g};
+    V far = times(q, r) + (p - q);
+    return {select(abs(r) < V(0.5), q * expm1_tail(V(0) - r), far), times(q, r - V(centre))};
   }
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; g = (1 - beta) q (log q - log m).
 struct JensenShannon {
-  double beta;
+  static constexpr bool centred = false;
+  double beta, centre;
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
     V b = V(beta), c = V(1.0 - beta), far = V(80);            // beyond e^80 the other side has no weight left

@@ -133,9 +133,13 @@ def check_temperature(temperature: object, values: Tensor) -> float | Tensor:
 
 def _as_float(name: str, quantity: object) -> float:
     try:
-        return float(quantity)  # type: ignore[arg-type]
+        if not isinstance(quantity, (str, bytes)):  # which float() would parse
+            return float(quantity)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number or a tensor, got {type(quantity).__name__}.") from None
+        pass
+    except OverflowError:
+        return math.inf
+    raise TypeError(f"{name}: expected a number or a tensor, got {type(quantity).__name__}.")
 
 
 def _checked_scalar(name: str, tensor: Tensor, values: Tensor) -> Tensor:
@@ -162,6 +166,16 @@ def check_reduction(reduction: str, **counts: object) -> None:
             )
 
 
-def check_label_smoothing(label_smoothing: float) -> None:
-    if not 0.0 <= label_smoothing <= 1.0:
+def check_label_smoothing(label_smoothing: object) -> float:
+    """A number in [0, 1]."""
+    number = _as_float("label_smoothing", label_smoothing)
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}.")
+    return number
+
+
+def check_ignore_index(ignore_index: object) -> int:
+    """An integer that a label can be."""
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"ignore_index: expected an integer of 64 bits, got {ignore_index!r}.")
+    return ignore_index

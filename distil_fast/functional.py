@@ -75,7 +75,8 @@ def distillation_loss(
         label_smoothing: in [0, 1]; mixes the hard target with the uniform distribution.
         reduction: "mean"; "sum"; or "none", the per-row loss of the leading shape.
         inplace: write the gradient over `student_logits`, which DESTROYS the logits; saves the gradient's memory. A
-            no-op where no gradient is needed; an error with reduction "none". A leaf's `.grad` then shares its memory.
+            no-op where no gradient is needed, and under torch.compile; an error with reduction "none". A leaf's `.grad`
+            then shares its memory.
 
     Returns:
         LossTerms(loss, soft, hard), float32 (float64 for float64 logits), 0-d or `[...]`. A term without a valid row,
@@ -97,7 +98,8 @@ def distillation_loss(
             "hard_weight and hard_count belong to the hard term, got one of them without labels. Pass labels."
         )
     checks.check_mask("soft_mask", soft_mask, student_logits)
-    checks.check_label_smoothing(label_smoothing)
+    label_smoothing = checks.check_label_smoothing(label_smoothing)
+    ignore_index = checks.check_ignore_index(ignore_index)
     if inplace and reduction == "none":
         raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
     divergence = as_divergence(divergence)
@@ -130,7 +132,7 @@ def distillation_loss(
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
-    settings = (ignore_index, divergence.name, divergence.parameter, t_squared, float(label_smoothing), reduction)
+    settings = (ignore_index, divergence.name, divergence.parameter, t_squared, label_smoothing, reduction)
     return LossTerms(*ops.row_loss(student_logits, teacher_logits, labels, soft_mask, scalars, settings, inplace))
 
 
@@ -206,7 +208,8 @@ def cross_entropy(
     checks.check_values("logits", logits)
     checks.check_labels(labels, logits)
     checks.check_reduction(reduction, count=count)
-    checks.check_label_smoothing(label_smoothing)
+    label_smoothing = checks.check_label_smoothing(label_smoothing)
+    ignore_index = checks.check_ignore_index(ignore_index)
     scalars = (1.0, 0.0, 1.0, -1.0, _count("count", count, logits))
     if not _on_kernels(logits, "cross_entropy"):
         return reference.cross_entropy(
@@ -217,7 +220,7 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
-    settings = (ignore_index, "forward_kl", 0.0, True, float(label_smoothing), reduction)
+    settings = (ignore_index, "forward_kl", 0.0, True, label_smoothing, reduction)
     return ops.row_loss(logits, None, labels, None, scalars, settings)[0]
 
 

@@ -33,8 +33,6 @@ _COSINE = "Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor?
 _lib = torch.library.Library("distil_fast", "DEF")
 _lib.define(f"row_loss(Tensor student, {_ROW}) -> (Tensor, Tensor, Tensor)")
 _lib.define(f"row_loss_backward(Tensor upstream, Tensor student, {_ROW}) -> Tensor")
-_lib.define(f"row_loss_inplace(Tensor(a!) student, {_ROW}) -> (Tensor, Tensor, Tensor, Tensor)")
-_lib.define("rescale(Tensor(a!) grad, Tensor grad_output, Tensor unit) -> ()")
 _lib.define(f"cosine_loss({_COSINE}) -> (Tensor, Tensor)")
 _lib.define(f"cosine_loss_backward(Tensor upstream, {_COSINE}) -> Tensor")
 _lib.define("softmax(Tensor logits, Tensor? temperature, float number, bool logarithm) -> Tensor")
@@ -66,15 +64,6 @@ def _row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _row_loss_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor:
     grad: Tensor = _row_native(student, args, gradient="fresh", upstream=upstream)[3]
     return grad
-
-
-def _row_loss_inplace(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    loss, soft, hard, _, unit = _row_native(student, args, gradient="inplace")
-    return loss, soft, hard, loss.new_tensor(unit)
-
-
-def _rescale(grad: Tensor, grad_output: Tensor, unit: Tensor) -> None:
-    native.rescale(grad, grad_output, unit.item())
 
 
 def _cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -113,10 +102,6 @@ def _fake_row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_terms(student, args[-1], 3)
 
 
-def _fake_row_loss_inplace(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return (*_fake_terms(student, args[-1], 3), *_fake_terms(student, "sum", 1))
-
-
 def _fake_cosine_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_terms(student, args[-1], 2)
 
@@ -129,15 +114,9 @@ def _fake_rows_like_first(values: Tensor, *args: Any) -> Tensor:
     return values.new_empty(values.shape)
 
 
-def _fake_nothing(*args: Any) -> None:
-    return None
-
-
 for _name, _implementation, _fake in (
     ("row_loss", _row_loss, _fake_row_loss),
     ("row_loss_backward", _row_loss_backward, _fake_rows_like_second),
-    ("row_loss_inplace", _row_loss_inplace, _fake_row_loss_inplace),
-    ("rescale", _rescale, _fake_nothing),
     ("cosine_loss", _cosine_loss, _fake_cosine_loss),
     ("cosine_loss_backward", _cosine_loss_backward, _fake_rows_like_second),
     ("softmax", _softmax, _fake_rows_like_first),
@@ -225,24 +204,6 @@ class _StoredRowLoss(torch.autograd.Function):
         return _final(grad), None, None
 
 
-class _TracedInplaceRowLoss(torch.autograd.Function):
-    """The in-place gradient by ops that can be traced."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        grad = student.detach()
-        loss, soft, hard, unit = _ops.row_loss_inplace(grad, *args)
-        ctx.save_for_backward(grad, unit)
-        ctx.mark_non_differentiable(soft, hard)
-        return loss, soft, hard
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad, unit = ctx.saved_tensors
-        _ops.rescale(grad, grads[0], unit)
-        return grad, *(None,) * 15
-
-
 class _RecomputedRowLoss(torch.autograd.Function):
     """Gradient in backward, from the logits: for upstream gradients per row, and for traced code, where applying
     grad_output to a stored gradient would cost a second [rows, V] buffer."""
@@ -284,7 +245,7 @@ def row_loss(
     args = (teacher, labels, soft_mask, *tensors, numbers, *settings)
     if not needs_grad:
         return _ops.row_loss(student, *args)
-    return (_TracedInplaceRowLoss if inplace else _RecomputedRowLoss).apply(student, *args)
+    return _RecomputedRowLoss.apply(student, *args)
 
 
 class _StoredCosineLoss(torch.autograd.Function):

@@ -113,6 +113,16 @@ CALLS: dict[str, Call] = {
 }
 
 
+def first(out: Any) -> Tensor:
+    """The loss of a loss and its terms, or what a function returns."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def student_field(call: str) -> str:
+    """The field of a batch that a call of the table (but not triple) has its gradient in."""
+    return "student_hidden" if "cosine" in call else "student_logits"
+
+
 class Result(NamedTuple):
     """What a call returns, and what its backward leaves behind."""
 

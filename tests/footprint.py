@@ -1,14 +1,19 @@
-"""Run as a script: prints by how much one call raises the process's peak memory, in bytes beyond its gradient.
+"""Run as a script: prints by how much a call raises the process's peak memory, in bytes beyond its gradient.
 
-Knows the kernel's counters in /proc; test_row_loss_memory.py runs it.
+    footprint.py THREADS COLS LAYOUT:ROWS:(inplace|fresh)...
+
+With one thread each case runs in a process of its own, because a thread's scratch memory stays for the next call.
+Knows Linux's counters in /proc; test_row_loss_memory.py runs it.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import distil_fast
 
@@ -20,7 +25,7 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def views(layout: str, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pair(layout: str, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """Student and teacher, every page of them touched."""
     if layout == "contiguous":
         return torch.ones(rows, cols), torch.ones(rows, cols)
@@ -32,20 +37,36 @@ def views(layout: str, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.ones(rows, cols + 64)[:, :cols], torch.ones(rows, cols + 64)[:, :cols]
 
 
-def main(layout: str, rows: int, cols: int, threads: int, inplace: bool) -> None:
-    torch.set_num_threads(threads)
-    small = torch.ones(2 * threads, 40000, requires_grad=True)  # all threads, all code
-    distil_fast.distillation_loss(small, small.detach(), torch.zeros(2 * threads, dtype=torch.int64)).loss.backward()
-    student, teacher = views(layout, rows, cols)
-    student.requires_grad_()
+def call(student: Tensor, teacher: Tensor, inplace: bool) -> int:
+    """Bytes that loss and backward add to the peak beyond the gradient."""
     labels = torch.zeros(student.shape[:-1], dtype=torch.int64)
+    student.requires_grad_()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = resident("VmRSS")
     loss = distil_fast.distillation_loss(student, teacher, labels, temperature=3.7, inplace=inplace).loss
-    loss.backward()
+    torch.autograd.grad(loss, student)  # not backward(), whose `.grad` is dense: torch copies rows with gaps
     gradient = 0 if inplace else student.numel() * student.element_size()
-    print(resident("VmHWM") - before - gradient)
+    return resident("VmHWM") - before - gradient
+
+
+def measure(case: str, cols: int) -> int:
+    layout, rows, how = case.split(":")
+    call(*pair("contiguous", 100, 1000), how == "inplace")  # touches all code, and starts the threads
+    return call(*pair(layout, int(rows), cols), how == "inplace")
+
+
+def in_child(case: str, cols: int) -> int:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, str(measure(case, cols)).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return int(os.read(reader, 100))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5] == "inplace")
+    threads, cols = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(threads)
+    for case in sys.argv[3:]:
+        print(case, in_child(case, cols) if threads == 1 else measure(case, cols))

@@ -53,7 +53,9 @@ def forbid_rows(values: Tensor, rows: list[int]) -> Tensor:
     cols = values.shape[-1]
     stride = -(-cols * values.element_size() // PAGE) * PAGE
     memory, start = pages(stride * values.shape[0])
-    flat = torch.frombuffer(memory, dtype=values.dtype, count=stride // values.element_size() * values.shape[0], offset=PAGE)
+    flat = torch.frombuffer(
+        memory, dtype=values.dtype, count=stride // values.element_size() * values.shape[0], offset=PAGE
+    )
     copy = flat.view(values.shape[0], -1)[:, :cols]
     copy.copy_(values)
     for row in rows:
@@ -63,11 +65,13 @@ def forbid_rows(values: Tensor, rows: list[int]) -> Tensor:
 
 def edges() -> None:
     """Every sweep of every instruction set on rows that end, and on rows that begin, at a forbidden page."""
-    mixes = list(itertools.product((torch.float32, torch.bfloat16, torch.float16), repeat=2)) + [(torch.float64,) * 2]
+    mixes = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), repeat=2), (torch.float64,) * 2]
     for (s_dtype, t_dtype), cols, at_end in itertools.product(mixes, (1, 7, 15, 16, 33, 2049), (True, False)):
         student, teacher = (guarded(torch.randn(2, cols, dtype=d), at_end) for d in (s_dtype, t_dtype))
         labels = guarded(torch.tensor([0, cols - 1]), at_end)
-        mask, temperature = (guarded(torch.tensor([1.0, 0.5], dtype=native.real_dtype(student)), at_end) for _ in range(2))
+        mask, temperature = (
+            guarded(torch.tensor([1.0, 0.5], dtype=native.real_dtype(student)), at_end) for _ in range(2)
+        )
         for kind in (temperature, 2.0, 1.0):
             x = student.clone().requires_grad_()
             distil_fast.distillation_loss(
@@ -112,7 +116,9 @@ def weightless() -> None:
     soft = distil_fast.distillation_loss(student, torch.randn(rows, cols), labels, hard_weight=torch.tensor(0.0))
     assert torch.autograd.grad(hard.loss + soft.loss, student)[0].isfinite().all()
     for settings in ({"soft_count": 0, "hard_count": 0}, {"soft_weight": 0.0, "hard_weight": 0.0}):
-        nothing = distil_fast.distillation_loss(teacher.requires_grad_(), teacher.detach(), torch.zeros(3).long(), **settings)
+        nothing = distil_fast.distillation_loss(
+            teacher.requires_grad_(), teacher.detach(), torch.zeros(3).long(), **settings
+        )
         assert nothing.loss == 0
         assert not torch.autograd.grad(nothing.loss, teacher)[0].any()
 

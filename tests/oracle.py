@@ -75,12 +75,16 @@ class Truth:
     values: dict[str, Tensor]  # loss, soft and hard
     scales: dict[str, Tensor]  # of each: the error is measured against |value| + 0.1 scale
     grad: Tensor
-    slack: Tensor  # w_soft T ||(p + q) min(1, |r|)||
+    slack: Tensor  # w_soft T ||(p + q) min(1, |r|)||, and w_hard smoothing ||q||: q - 1 / V cancels as p e^r - p does
     mass: Tensor  # w_soft T ||p + q|| + w_hard
 
 
 def exact(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, upstream: Tensor | None = None, **settings: Any
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None = None,
+    upstream: Tensor | None = None,
+    **settings: Any,
 ) -> Truth:
     """distillation_loss of the same numbers in float64; `upstream` is the gradient of a loss with reduction "none"."""
     s = student.detach().double().requires_grad_()
@@ -98,13 +102,14 @@ def exact(
         scales = {name: scale.clamp(min=1.0) for name, scale in scales.items()}
     else:
         scales = {name: torch.maximum(scale.sum(), torch.ones(())) for name, scale in scales.items()}
-    of_soft = of_rows * soft_weight * soft / temperature
+    of_soft, of_hard = of_rows * soft_weight * soft / temperature, of_rows * hard_weight * hard
+    smooth = settings.get("label_smoothing", 0.0) * s.detach().softmax(-1).norm(dim=-1)
     return Truth(
         {name: getattr(terms, name).detach() for name in scales},
         scales,
         grad,
-        of_soft * slack,
-        of_soft * mass + of_rows * hard_weight * hard,
+        of_soft * slack + of_hard * smooth,
+        of_soft * mass + of_hard,
     )
 
 
@@ -124,7 +129,12 @@ def _shares(
         valid = labels != settings.get("ignore_index", -100)
         hard = reference._share(valid.double(), settings.get("hard_count"), reduction)
     hard_weight = settings.get("hard_weight")
-    return soft, hard, abs(float(settings.get("soft_weight", 1.0))), 1.0 if hard_weight is None else abs(float(hard_weight))
+    return (
+        soft,
+        hard,
+        abs(float(settings.get("soft_weight", 1.0))),
+        1.0 if hard_weight is None else abs(float(hard_weight)),
+    )
 
 
 def _scales(student: Tensor, teacher: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import distil_fast
-from tests.batch import Batch, as_double, assert_close, make_batch, run
+from tests.batch import Batch, as_double, assert_close, first, make_batch, run
 
 Count = float | Tensor | None
 Counted = Callable[[Batch, Count, Count], Any]  # the denominators: tokens and labels
@@ -90,11 +90,6 @@ def test_backward_per_micro_batch_accumulates_in_grad(name: str) -> None:
 
 def copy(b: Batch) -> Batch:
     return Batch(*(t.detach().clone().requires_grad_(t.requires_grad) for t in b))
-
-
-def first(terms: Any) -> Tensor:
-    """The loss of a loss and its terms."""
-    return terms[0] if isinstance(terms, tuple) else terms
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -1,14 +1,14 @@
-"""Every wrong argument: the right kind of error, saying what was expected, what came and what to do, before anything ran.
+"""Every wrong argument: the right kind of error, saying what was expected, what came and what to do, before anything
+runs.
 
-Each case runs eagerly in every reduction, in place where that exists, and traced by torch.compile; memory is compared
-byte by byte. It knows no formula. Next: test_functional.py, what right arguments mean.
+Each case of wrong_arguments.py runs in every reduction, without a gradient and in place; memory is compared bit by bit.
+It knows no formula. Next: test_functional.py, what right arguments mean.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,188 +17,9 @@ from torch import Tensor
 
 import distil_fast
 from distil_fast import JSD, reference
+from tests.wrong_arguments import NAN, ROWS, WRONG, V, Wrong, arguments, label_rows, rows
 
-ROWS, V, H = 4, 11, 8
-
-
-def arguments() -> dict[str, Any]:
-    """Valid arguments of distillation_loss, to spoil one at a time."""
-    g = torch.Generator().manual_seed(5)
-    return {
-        "student_logits": torch.randn(ROWS, V, generator=g).requires_grad_(),
-        "teacher_logits": torch.randn(ROWS, V, generator=g),
-        "labels": torch.randint(0, V, (ROWS,), generator=g),
-    }
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """Arguments to replace, and the error: its type, and patterns for what was expected, what came, what to do."""
-
-    spoil: Callable[[], dict[str, Any]]
-    error: type[Exception]
-    says: tuple[str, ...]
-    traceable: bool = True  # the check needs no value of a tensor, so tracing raises it too
-
-
-def number(name: str, values: list[Any], error: type[Exception], *says: str) -> dict[str, Wrong]:
-    return {f"{name}={v!r}"[:40]: Wrong(lambda v=v: {name: v}, error, (name, *says)) for v in values}
-
-
-def values(name: str, kind: str, tensors: list[Tensor], *says: str) -> dict[str, Wrong]:
-    """Tensors whose values are wrong, which only the kernel sees."""
-    return {
-        f"{name}-{kind}-{i}": Wrong(lambda t=t: {name: t}, ValueError, (name, *says), traceable=False)
-        for i, t in enumerate(tensors)
-    }
-
-
-def rows(*entries: float) -> Tensor:
-    return torch.tensor(entries)
-
-
-def label_rows(row: int, label: int) -> Tensor:
-    labels = torch.zeros(ROWS, dtype=torch.int64)
-    labels[row] = label
-    return labels
-
-
-INF, NAN = float("inf"), float("nan")
-LEAF = {"requires_grad": True}
-
-WRONG: dict[str, Wrong] = {
-    # ---- the pair of logits
-    "student-list": Wrong(lambda: {"student_logits": [[1.0]]}, TypeError, ("student_logits", "tensor", "list")),
-    "student-int": Wrong(
-        lambda: {"student_logits": torch.ones(ROWS, V, dtype=torch.int64)},
-        TypeError,
-        ("student_logits", "float32", "int64", r"\.float\(\)"),
-    ),
-    "student-0-d": Wrong(
-        lambda: {"student_logits": torch.ones(())}, ValueError, ("student_logits", r"\[\.\.\., size\]", r"\(\)")
-    ),
-    "student-V=0": Wrong(lambda: {"student_logits": torch.ones(ROWS, 0)}, ValueError, ("size >= 1", r"\(4, 0\)")),
-    "teacher-none": Wrong(lambda: {"teacher_logits": None}, TypeError, ("teacher_logits", "tensor", "NoneType")),
-    "teacher-int": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS, V, dtype=torch.int32)}, TypeError, ("teacher_logits", "int32")
-    ),
-    "teacher-rows": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS + 1, V)}, ValueError, ("teacher_logits", r"\(4, 11\)", r"\(5, 11\)")
-    ),
-    "teacher-dimensions": Wrong(
-        lambda: {"teacher_logits": torch.ones(2, 2, V)}, ValueError, ("teacher_logits", r"\(4, 11\)", r"\(2, 2, 11\)")
-    ),
-    "teacher-padded": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS, V + 5)}, ValueError, (r"\(4, 16\)", r"teacher_logits\[\.\.\., :11\]")
-    ),
-    "student-padded": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS, V - 3)}, ValueError, (r"\(4, 8\)", r"student_logits\[\.\.\., :8\]")
-    ),
-    "teacher-device": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS, V, device="meta")}, ValueError, ("cpu", "meta", r"\.to\('cpu'\)")
-    ),
-    "teacher-float64": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS, V).double()}, TypeError, ("float64", "float32", "Convert")
-    ),
-    "teacher-requires-grad": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS, V, **LEAF)},
-        ValueError,
-        ("teacher_logits requires grad", "no_grad", "inference_mode", r"detach\(\)"),
-    ),
-    # ---- labels
-    "labels-list": Wrong(lambda: {"labels": [0] * ROWS}, TypeError, ("labels", "tensor of integers", "list")),
-    "labels-float": Wrong(lambda: {"labels": torch.zeros(ROWS)}, TypeError, ("labels", "float32", r"\.long\(\)")),
-    "labels-bool": Wrong(lambda: {"labels": torch.zeros(ROWS).bool()}, TypeError, ("labels", "bool", r"\.long\(\)")),
-    "labels-shape": Wrong(
-        lambda: {"labels": torch.zeros(ROWS, 1).long()}, ValueError, ("labels", r"\(4,\)", r"\(4, 1\)")
-    ),
-    "labels-device": Wrong(
-        lambda: {"labels": torch.zeros(ROWS, device="meta").long()}, ValueError, ("labels", "cpu", "meta", r"\.to\('cpu'\)")
-    ),
-    **{
-        f"label-{label}-in-row-{row}": Wrong(
-            lambda row=row, label=label: {"labels": label_rows(row, label)},
-            ValueError,
-            ("labels", rf"0 <= label < {V}", f"got {label} in row {row}", "ignore_index"),
-            traceable=False,
-        )
-        for row in (0, ROWS - 1)
-        for label in (-1, -101, V, V + 1, 2**31, 2**53, -(2**53))
-    },
-    # ---- temperature
-    **number("temperature", [0, 0.0, -1.0, NAN, INF, -INF, 1e-16, 1e16], ValueError, "> 0", "got"),
-    **number("temperature", ["2", None, [2.0]], TypeError, "number or a tensor", "got"),
-    "temperature-shape": Wrong(
-        lambda: {"temperature": torch.ones(ROWS, 1)}, ValueError, ("temperature", r"\(4,\)", r"\(4, 1\)")
-    ),
-    "temperature-device": Wrong(
-        lambda: {"temperature": torch.ones(ROWS, device="meta")}, ValueError, ("temperature", "cpu", "meta", r"\.to")
-    ),
-    "temperature-complex": Wrong(
-        lambda: {"temperature": torch.ones(ROWS, dtype=torch.complex64)}, TypeError, ("temperature", "complex64")
-    ),
-    **values("temperature", "0-d", [torch.tensor(x) for x in (0.0, -1.0, NAN, INF)], "> 0", "got"),
-    **values("temperature", "row", [rows(1, 1, x, 1) for x in (0.0, -1.0, NAN, INF)], "> 0", "got .* in row 2"),
-    # ---- masks
-    "soft_mask-list": Wrong(lambda: {"soft_mask": [1] * ROWS}, TypeError, ("soft_mask", "tensor", "list")),
-    "soft_mask-int": Wrong(
-        lambda: {"soft_mask": torch.ones(ROWS).int()}, TypeError, ("soft_mask", "bool", "int32", r"\.bool\(\)")
-    ),
-    "soft_mask-shape": Wrong(
-        lambda: {"soft_mask": torch.ones(ROWS, V)}, ValueError, ("soft_mask", r"\(4,\)", r"\(4, 11\)")
-    ),
-    "soft_mask-device": Wrong(
-        lambda: {"soft_mask": torch.ones(ROWS, device="meta")}, ValueError, ("soft_mask", "cpu", "meta", r"\.to\('cpu'\)")
-    ),
-    **values("soft_mask", "entry", [rows(1, 1, 1, x) for x in (-1.0, -1e-30, NAN, INF)], ">= 0", "got .* in row 3"),
-    # ---- weights and counts
-    **number("soft_weight", [NAN, INF, -INF], ValueError, "finite number", "got"),
-    **number("hard_weight", [NAN, INF, -INF], ValueError, "finite number", "got"),
-    **number("soft_count", [-1, -1.0, NAN, INF], ValueError, ">= 0", "got"),
-    **number("hard_count", [-1, -0.5, NAN, INF], ValueError, ">= 0", "got"),
-    **number("soft_weight", ["1", None], TypeError, "number or a tensor", "got"),
-    **number("hard_count", ["1", [1]], TypeError, "number or a tensor", "got"),
-    **values("soft_weight", "0-d", [torch.tensor(x) for x in (NAN, INF)], "finite number", "got"),
-    **values("hard_weight", "0-d", [torch.tensor(x) for x in (NAN, INF)], "finite number", "got"),
-    **values("soft_count", "0-d", [torch.tensor(x) for x in (-1.0, -2.0, NAN, INF)], ">= 0", "got"),
-    **values("hard_count", "0-d", [torch.tensor(x) for x in (-1.0, -2.0, NAN, INF)], ">= 0", "got"),
-    **{
-        f"{name}-shape": Wrong(lambda name=name: {name: torch.ones(1)}, ValueError, (name, "0-d", r"\(1,\)"))
-        for name in ("soft_weight", "hard_weight", "soft_count", "hard_count")
-    },
-    **{
-        f"{name}-device": Wrong(
-            lambda name=name: {name: torch.ones((), device="meta")}, ValueError, (name, "cpu", "meta", r"\.to\('cpu'\)")
-        )
-        for name in ("soft_weight", "hard_weight", "soft_count", "hard_count")
-    },
-    **{
-        f"{name}-requires-grad": Wrong(
-            lambda name=name, shape=shape: {name: torch.ones(shape, **LEAF)},
-            ValueError,
-            (f"{name} requires grad", rf"{name}\.detach\(\)"),
-        )
-        for name, shape in [
-            *((name, ()) for name in ("soft_weight", "hard_weight", "soft_count", "hard_count", "temperature")),
-            ("temperature", (ROWS,)),
-            ("soft_mask", (ROWS,)),
-        ]
-    },
-    # ---- settings
-    **number("reduction", ["avg", "", "Mean", "batchmean", None, 0], ValueError, "mean, sum, none", "got"),
-    **number("divergence", ["kl", "", "JSD"], ValueError, "forward_kl, reverse_kl, jsd", "got"),
-    **number("divergence", [None, 0.5, JSD], TypeError, r"JSD\(0\.5\)", "got", "forward_kl, reverse_kl, jsd"),
-    **number("label_smoothing", [-0.1, 1.1, NAN], ValueError, r"\[0, 1\]", "got"),
-    **number("label_smoothing", ["0.1", None], TypeError, "number", "got"),
-    **number("ignore_index", [1.5, None, "x", 2**70], TypeError, "integer", "got"),
-    "hard_weight-without-labels": Wrong(
-        lambda: {"labels": None, "hard_weight": 1.0}, ValueError, ("hard_weight", "without labels", "Pass labels")
-    ),
-    "hard_count-without-labels": Wrong(
-        lambda: {"labels": None, "hard_count": 3}, ValueError, ("hard_count", "without labels", "Pass labels")
-    ),
-    "too-large-a-number": Wrong(lambda: {"soft_weight": 10**400}, ValueError, ("soft_weight", "finite", "got")),
-}
+H = 8
 
 
 def raised(case: Wrong, call: Callable[..., Any], **settings: Any) -> None:
@@ -215,16 +36,22 @@ def raised(case: Wrong, call: Callable[..., Any], **settings: Any) -> None:
     for name, tensor in tensors.items():
         contents, version = before[name]
         assert tensor._version == version, name
-        assert torch.equal(tensor.detach().view(torch.uint8), contents.view(torch.uint8)) if tensor.dim() else True, name
+        assert torch.equal(tensor.detach().view(torch.uint8), contents.view(torch.uint8)) if tensor.dim() else True, (
+            name
+        )
         assert tensor.grad is None, name
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(
+    ("case", "reduction"),
+    [
+        pytest.param(case, reduction, id=f"{name}-{reduction}")
+        for name, case in WRONG.items()
+        for reduction in ("mean", "sum", "none")
+        if reduction == "mean" or "_count" not in name  # a count without a mean is an error by itself
+    ],
+)
 def test_in_every_reduction(case: Wrong, reduction: str) -> None:
-    spoilt = case.spoil()
-    if reduction != "mean" and {"soft_count", "hard_count"} & set(spoilt):
-        pytest.skip("a count with another reduction than mean is an error by itself")
     raised(case, distil_fast.distillation_loss, reduction=reduction)
 
 
@@ -237,9 +64,6 @@ def test_before_a_logit_is_overwritten(case: Wrong) -> None:
 def test_without_a_gradient(case: Wrong) -> None:
     with torch.no_grad():
         raised(case, distil_fast.distillation_loss)
-
-
-# torch.compile: test_compile.py runs the traceable cases of this table through it.
 
 
 # ------------------------------------------------------------------------------------------------ the other functions
@@ -257,7 +81,7 @@ def test_counts_go_with_a_mean_only() -> None:
     }
     for name, call in calls.items():
         for reduction in ("sum", "none"):
-            with pytest.raises(ValueError, match=rf"{name.strip()} .* mean, got reduction='{reduction}'.* Use"):
+            with pytest.raises(ValueError, match=rf"{name.strip()}: .*mean.*'{reduction}'.*divide"):
                 call(reduction)
         assert call("mean") is not None
 
@@ -270,7 +94,7 @@ def test_the_ends_of_jsd_name_the_divergence_that_is_meant(beta: float) -> None:
 
 @pytest.mark.parametrize("beta", ["0.5", None])
 def test_a_beta_that_is_no_number(beta: Any) -> None:
-    with pytest.raises(TypeError, match="beta.*number"):
+    with pytest.raises(TypeError, match=r"beta.*number"):
         JSD(beta)
 
 
@@ -294,7 +118,7 @@ def test_cosine_loss() -> None:
     student, teacher = torch.randn(ROWS, H, requires_grad=True), torch.randn(ROWS, H)
     cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ((student, teacher[:2]), ValueError, r"teacher_hidden: expected student_hidden's shape \(4, 8\), got \(2, 8\)"),
-        ((student, teacher.double()), TypeError, "teacher_hidden: float64 goes with float64.*Convert"),
+        ((student, teacher.double()), TypeError, "teacher_hidden: .*float64.*Convert"),
         ((student, teacher.clone().requires_grad_()), ValueError, "teacher_hidden requires grad.*no_grad"),
         ((student, teacher, torch.ones(ROWS).int()), TypeError, r"mask: expected bool.*int32.*bool\(\)"),
         ((student, teacher, torch.ones(ROWS - 1)), ValueError, r"mask: expected shape \(4,\).*got \(3,\)"),
@@ -329,7 +153,7 @@ def test_triple_loss() -> None:
     for name in ("alpha_ce", "alpha_mlm", "alpha_cos", "ce_count", "mlm_count", "cos_count"):
         with pytest.raises(ValueError, match="requires grad"):
             distil_fast.triple_loss(*good, **{name: torch.ones((), requires_grad=True)})
-        with pytest.raises(ValueError, match="finite number.*got nan"):
+        with pytest.raises(ValueError, match=r"finite number.*got nan"):
             distil_fast.triple_loss(*good, **{name: NAN})
 
 
@@ -380,7 +204,7 @@ def test_in_place_needs_memory_of_its_own(case: Callable[[Tensor], tuple[Tensor,
     student, teacher = case(memory)
     teacher = torch.randn(student.shape) if teacher is None else teacher
     student = (student.requires_grad_() if student.is_leaf else student).detach().requires_grad_()
-    with pytest.raises(ValueError, match=r"inplace: expected .* memory of .* own.*Use inplace=False"):
+    with pytest.raises(ValueError, match=r"inplace: expected .* own.*, got .*Use inplace=False"):
         distil_fast.distillation_loss(student, teacher, inplace=True)
     assert torch.equal(memory, before)
     # without a gradient nothing is written, so nothing is wrong

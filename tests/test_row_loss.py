@@ -59,7 +59,7 @@ def attainable(divergence: str, kind: str, temperature: float) -> bool:
 def matrix(divergence: str, dtypes: tuple[torch.dtype, torch.dtype]) -> list[Case]:
     """Every kind of logits at every temperature; sizes and terms take turns, each dtype mix beginning elsewhere."""
     cases = []
-    start = (HALF_MIXES + [(torch.float64,) * 2]).index(dtypes)
+    start = HALF_MIXES.index(dtypes) if dtypes in HALF_MIXES else 0
     for i, (kind, temperature) in enumerate(itertools.product(oracle.KINDS, TEMPERATURES), start=start):
         size, terms = SMALL_SIZES[i % len(SMALL_SIZES)], list(TERMS)[i % len(TERMS)]
         if attainable(divergence, kind, temperature):
@@ -271,7 +271,9 @@ def test_integer_labels_of_every_width(size: int) -> None:
         if size > torch.iinfo(dtype).max:
             continue
         narrow = torch.where(labels == -100, 100, labels) if dtype == torch.uint8 else labels
-        result = calls.by_autograd(student, teacher, narrow.to(dtype), ignore_index=100 if dtype == torch.uint8 else -100)
+        result = calls.by_autograd(
+            student, teacher, narrow.to(dtype), ignore_index=100 if dtype == torch.uint8 else -100
+        )
         assert torch.equal(result.grad, expected.grad)
         assert result.values == expected.values
 
@@ -280,11 +282,11 @@ def test_modules_of_one_term_are_the_same_kernel(instruction_set: str) -> None:
     student, teacher, labels = labelled_case(torch.float32)
     mask = torch.tensor([True, False, True, True, False, True])
     x = student.clone().requires_grad_()
-    soft = distil_fast.divergence_loss(x, teacher, divergence="jsd", temperature=3.0, mask=mask, count=9, t_squared=True)
-    hard = distil_fast.cross_entropy(x, labels, count=9, label_smoothing=0.2)
-    soft_truth = oracle.exact(
-        student, teacher, divergence="jsd", temperature=3.0, soft_mask=mask, soft_count=9
+    soft = distil_fast.divergence_loss(
+        x, teacher, divergence="jsd", temperature=3.0, mask=mask, count=9, t_squared=True
     )
+    hard = distil_fast.cross_entropy(x, labels, count=9, label_smoothing=0.2)
+    soft_truth = oracle.exact(student, teacher, divergence="jsd", temperature=3.0, soft_mask=mask, soft_count=9)
     hard_truth = oracle.exact(student, None, labels, hard_count=9, label_smoothing=0.2)
     for loss, truth, name in ((soft, soft_truth, "soft"), (hard, hard_truth, "hard")):
         oracle.check_values({name: loss.detach()}, truth, name)

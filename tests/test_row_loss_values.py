@@ -38,7 +38,9 @@ def every_third(size: int, start: int = 0) -> Tensor:
 
 def expect(result: calls.Result, value: Tensor, gradient: Tensor, dtype: torch.dtype, where: str) -> None:
     """Reduction "sum": the loss is value's sum, each row has the gradient; the zeros are exact. nan equals nan."""
-    torch.testing.assert_close(result.values["soft"].double(), value.sum(), rtol=4e-6, atol=0, equal_nan=True, msg=where)
+    torch.testing.assert_close(
+        result.values["soft"].double(), value.sum(), rtol=4e-6, atol=0, equal_nan=True, msg=where
+    )
     grad = result.grad.double() * result.unit
     assert (grad[gradient == 0] == 0).all(), f"a gradient that is exactly zero is not, {where}"
     finite = gradient.isfinite().all(-1)
@@ -115,7 +117,9 @@ def test_cross_entropy_with_a_masked_vocabulary(instruction_set: str, divergence
         settings = {"divergence": oracle.DIVERGENCES[divergence], "temperature": 3.7, "reduction": "none"}
         upstream = torch.tensor([1.0, 2.0, -1.0, 0.5])
         result = calls.by_autograd(student, teacher, labels, upstream, **settings)
-        truth = oracle.exact(student[:, ~columns], teacher[:, ~columns], labels * 0 - 1 + (~columns).sum(), upstream, **settings)
+        truth = oracle.exact(
+            student[:, ~columns], teacher[:, ~columns], labels * 0 - 1 + (~columns).sum(), upstream, **settings
+        )
         oracle.check_values(result.values, truth, f"{size}")
         assert (result.grad[:, columns] == 0).all()
         oracle.check_gradient(result.grad[:, ~columns], truth, f"{size}")
@@ -143,7 +147,7 @@ def test_a_bad_row_is_bad_alone(instruction_set: str, value: float, divergence: 
         pair[who][2, columns] = value
         bad = calls.by_autograd(*pair, labels, **settings)
         others = torch.tensor([0, 1, 3])
-        where = f"{value} in {'student teacher'.split()[who]}, {size} columns"
+        where = f"{value} in {('student', 'teacher')[who]}, {size} columns"
         for name in ("loss", "soft"):
             assert bad.values[name][2].isnan(), f"{name} {where}"
             assert torch.equal(bad.values[name][others], good.values[name][others]), f"{name} {where}"
@@ -172,8 +176,8 @@ def test_rows_whose_blocks_differ(instruction_set: str, shape_of_row: str, diver
     elif shape_of_row == "last block masked":
         student, teacher = (masked(x, torch.arange(size) >= 6144) for x in (student, teacher))
     elif shape_of_row == "a peak in the last block":
-        student[:, -1] += 60
-        teacher[:, -1] += 55
+        student[:, -1] += 60.0
+        teacher[:, -1] += 52.0
     else:
         steps = 90.0 * (torch.arange(size) // 2048)
         student, teacher = (x + (steps if shape_of_row == "steps" else -steps) for x in (student, teacher))
@@ -200,7 +204,9 @@ def test_finite_masks_are_as_good_as_infinite_ones(instruction_set: str, diverge
         expected = calls.by_backend(masked(student, columns), masked(teacher, columns), **settings)
         lowest = torch.finfo(dtype).min
         for fill in (lowest, max(-1e30, lowest)):
-            result = calls.by_backend(student.masked_fill(columns, fill), teacher.masked_fill(columns, fill), **settings)
+            result = calls.by_backend(
+                student.masked_fill(columns, fill), teacher.masked_fill(columns, fill), **settings
+            )
             torch.testing.assert_close(result.values["loss"], expected.values["loss"], rtol=1e-6, atol=0)
             assert torch.equal(result.grad, expected.grad), f"{size} {fill}"
 
@@ -224,10 +230,12 @@ def test_huge_logits(instruction_set: str, divergence: str, size: float) -> None
 def test_huge_logits_reverse_kl(instruction_set: str) -> None:
     """The gradient is q (r - D) with r and D in the thousands, so the error is a part of D."""
     student, teacher = (1e3 * x for x in rows_of_logits(3000, torch.float32, "huge"))
-    value, gradient = oracle.closed_form("reverse_kl", student, teacher, 2.0)
-    result = calls.by_backend(student, teacher, divergence="reverse_kl", t_squared=False, reduction="none")
-    torch.testing.assert_close(result.values["loss"].double(), value, rtol=2e-6, atol=0)
-    assert ((result.grad.double() - gradient).norm(dim=-1) <= 1e-6 * value).all()
+    settings = {"divergence": "reverse_kl", "t_squared": False, "reduction": "none"}
+    truth = oracle.exact(student, teacher, upstream=torch.ones(4), **settings)
+    result = calls.by_backend(student, teacher, **settings)
+    oracle.check_values(result.values, truth, "huge")
+    assert (truth.values["loss"] > 1000).all(), "the logits are not huge"
+    assert ((result.grad.double() - truth.grad).norm(dim=-1) <= 1e-6 * truth.values["loss"]).all()
 
 
 def test_subnormal_logits_and_probabilities_count_as_zero(instruction_set: str) -> None:

@@ -27,8 +27,7 @@ Pool& pool() {
 void* map_aligned(size_t size) {
   void* raw = mmap(nullptr, size + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
-  const uintptr_t from = reinterpret_cast<uintptr_t>(raw),
-                  start = (from + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(raw), start = (from + huge_page - 1) / huge_page * huge_page;
   if (start > from) munmap(raw, start - from);
   if (const size_t rest = from + huge_page - start) munmap(reinterpret_cast<void*>(start + size), rest);
   void* block = reinterpret_cast<void*>(start);

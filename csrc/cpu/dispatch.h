@@ -18,8 +18,7 @@ inline int64_t size_of(DType dtype) {
 
 // The start of a row of [outer, inner, cols].
 inline char* row_at(const Matrix& m, int64_t row, int64_t inner) {
-  return static_cast<char*>(m.data) +
-         (row / inner * m.outer_stride + row % inner * m.row_stride) * size_of(m.dtype);
+  return static_cast<char*>(m.data) + (row / inner * m.outer_stride + row % inner * m.row_stride) * size_of(m.dtype);
 }
 
 }  // namespace distil_fast

@@ -33,8 +33,8 @@ inline V apart(V s, V inverse_s, V t, V inverse_t) {
 
 // Sums of e^2 and of u e.
 template <class V, class S, class T>
-void distance(const void* student, const void* teacher, int64_t n, double inverse_s, double inverse_t,
-              double* e_square, double* u_e) {
+void distance(const void* student, const void* teacher, int64_t n, double inverse_s, double inverse_t, double* e_square,
+              double* u_e) {
   const S* s = static_cast<const S*>(student);
   const T* t = static_cast<const T*>(teacher);
   const V is(inverse_s), it(inverse_t);
@@ -69,12 +69,13 @@ void cosine_gradient(void* grad, const void* student, const void* teacher, int64
   auto value = [&](V sj, V tj) { return fma(a, apart(sj, is, tj, it), b * (sj * is)); };
   const int64_t whole = n - n % V::width;
   for (int64_t j = 0; j < whole; j += V::width) store(to + j, value(load(s + j), load(t + j)));
-  if (whole < n)
-    store(to + whole, value(load(s + whole, n - whole, 0.0), load(t + whole, n - whole, 0.0)), n - whole);
+  if (whole < n) store(to + whole, value(load(s + whole, n - whole, 0.0), load(t + whole, n - whole, 0.0)), n - whole);
 }
 
 template <class V, class S, class... T>
 constexpr void fill_hidden(HiddenSweeps<static_cast<int>(sizeof...(T))>& table, int s) {
   int t = 0;
-  ((table.square_sums[s][t] = square_sums<V, S, T>, table.distance[s][t] = distance<V, S, T>, table.gradient[s][t] = cosine_gradient<V, S, T>, ++t), ...);
+  ((table.square_sums[s][t] = square_sums<V, S, T>, table.distance[s][t] = distance<V, S, T>,
+    table.gradient[s][t] = cosine_gradient<V, S, T>, ++t),
+   ...);
 }

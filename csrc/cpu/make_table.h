@@ -8,8 +8,10 @@ constexpr Table<typename V::Real> make_table() {
   ((fill_sweeps<V, T, T...>(table.rows, s), fill_softmax<V, T>(table.softmax, s),
     fill_hidden<V, T, T...>(table.hidden, s), table.rescale[s] = rescale<V, T>, ++s),
    ...);
-#define DISTIL_FAST_ROW(name, Functor) \
-  table.rows.diverge[static_cast<int>(DivergenceId::name)] = diverge<V, Functor>;
+  table.rows.weighted_difference = weighted_difference<V>;
+#define DISTIL_FAST_ROW(name, Functor)                                            \
+  table.rows.diverge[static_cast<int>(DivergenceId::name)] = diverge<V, Functor>; \
+  table.rows.centred[static_cast<int>(DivergenceId::name)] = Functor::centred;
   DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW)
 #undef DISTIL_FAST_ROW
   return table;

@@ -31,8 +31,7 @@ struct Scratch {
   double *f_sum, *g_sum;
 
   static size_t bytes(int64_t cols) {
-    return 3 * padded(cols) * sizeof(Real) + blocks_of(cols) * (sizeof(Block<Real>) + 2 * sizeof(double)) +
-           64;
+    return 3 * padded(cols) * sizeof(Real) + blocks_of(cols) * (sizeof(Block<Real>) + 2 * sizeof(double)) + 64;
   }
   Scratch(std::byte* memory, int64_t cols) {
     es = reinterpret_cast<Real*>(memory);
@@ -50,10 +49,7 @@ template <class Real>
 class RowLossCall {
  public:
   explicit RowLossCall(const RowLoss& call)
-      : c_(call),
-        table_(table<Real>().rows),
-        rows_(call.outer * call.inner),
-        size_(size_of(call.student.dtype)) {}
+      : c_(call), table_(table<Real>().rows), rows_(call.outer * call.inner), size_(size_of(call.student.dtype)) {}
 
   Fault run() {
     if (Fault fault = weigh(); fault.kind != FaultKind::nothing) return fault;
@@ -85,8 +81,8 @@ class RowLossCall {
     hard_scale_ = hard ? scale_of(c_.reduction, c_.hard_count, labelled) : 0.0;
 
     double largest = 0.0;
-    for (int64_t row = 0; row < rows_; ++row) {
-      if (soft_share(row) == 0.0) continue;
+    for (int64_t row = 0; soft_scale_ != 0.0 && row < rows_; ++row) {
+      if (mask_[row] == 0.0) continue;
       if (!valid_temperature(temperature_[row])) return {FaultKind::temperature, row, temperature_[row]};
     }
     if (c_.grad.data && c_.grad.dtype == DType::f16 && !c_.upstream)
@@ -108,9 +104,7 @@ class RowLossCall {
   double hard_share(int64_t row) const {
     return hard_scale_ != 0.0 && c_.labels[row] != c_.ignore_index ? hard_scale_ : 0.0;
   }
-  double upstream(int64_t row) const {
-    return c_.upstream ? static_cast<const Real*>(c_.upstream)[row] : 1.0;
-  }
+  double upstream(int64_t row) const { return c_.upstream ? static_cast<const Real*>(c_.upstream)[row] : 1.0; }
   double soft_weight(int64_t row) const {
     const double share = soft_share(row);
     return share == 0.0 ? 0.0 : share * c_.soft_weight * upstream(row);
@@ -144,8 +138,7 @@ class RowLossCall {
     if (label >= 0 && team.leads()) hard_[row] = cross_entropy(label, student, sums, rest);
     team.meet();  // in place, `write` destroys the logits that the lines above read
     if (out)
-      write(team, row, out, student, teacher, label, {soft_w / unit_, hard_w / unit_}, t, kind, sums, g_sum,
-            rest, w);
+      write(team, row, out, student, teacher, label, {soft_w / unit_, hard_w / unit_}, t, kind, sums, g_sum, rest, w);
   }
 
   int64_t blocks() const { return Scratch<Real>::blocks_of(c_.cols); }
@@ -153,8 +146,8 @@ class RowLossCall {
   int64_t block_size(int64_t b) const { return std::min(block_cols, c_.cols - block_start(b)); }
 
   template <class Team>
-  void exponentiate(const Team& team, int64_t row, const char* student, const char* teacher, double t,
-                    Hard kind, Scratch<Real>& w) {
+  void exponentiate(const Team& team, int64_t row, const char* student, const char* teacher, double t, Hard kind,
+                    Scratch<Real>& w) {
     const int s = index(c_.student.dtype), d = teacher ? index(c_.teacher.dtype) : 0;
     const int64_t teacher_size = size_of(c_.teacher.dtype);
     auto references = [&](int64_t b) {
@@ -169,8 +162,8 @@ class RowLossCall {
       if (!teacher)
         table_.exponentiate_alone[s](student + j * size_, n, 1.0, w.es + j, w.blocks + b);
       else
-        table_.exponentiate[s][d][static_cast<int>(kind)](student + j * size_, teacher + j * teacher_size, n,
-                                                          t, w.es + j, w.et + j, w.g + j, w.blocks + b,
+        table_.exponentiate[s][d][static_cast<int>(kind)](student + j * size_, teacher + j * teacher_size, n, t,
+                                                          w.es + j, w.et + j, w.g + j, w.blocks + b,
                                                           ahead_of(row, b, 0, 2));
     };
     team.each(blocks(), [&](int64_t b) {
@@ -212,23 +205,41 @@ class RowLossCall {
   // nothing.
   Ahead ahead_of(int64_t row, int64_t b, int first, int quarters) const {
     const int64_t next = row + 1 < rows_ && soft_weight(row + 1) != 0.0 ? row + 1 : row;
-    const int64_t teacher_size = size_of(c_.teacher.dtype),
-                  at = (first * c_.cols + quarters * block_start(b)) / 4;
-    return {row_at(c_.student, next, c_.inner) + at * size_,
-            row_at(c_.teacher, next, c_.inner) + at * teacher_size, quarters * size_,
-            quarters * teacher_size};
+    const int64_t teacher_size = size_of(c_.teacher.dtype), at = (first * c_.cols + quarters * block_start(b)) / 4;
+    return {row_at(c_.student, next, c_.inner) + at * size_, row_at(c_.teacher, next, c_.inner) + at * teacher_size,
+            quarters * size_, quarters * teacher_size};
+  }
+
+  // Sum of q r, 0 where that is not finite.
+  template <class Team>
+  double mean_difference(const Team& team, double t, const Row& sums, Scratch<Real>& w) const {
+    team.each(blocks(), [&](int64_t b) {
+      const int64_t j = block_start(b);
+      w.f_sum[b] = table_.weighted_difference(w.es + j, w.g + j, block_size(b));
+    });
+    double total = -sums.rho;
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const Block<Real>& block = w.blocks[b];
+      total += (w.f_sum[b] + block.apart() * double(block.z_s)) / t * fade(block.ref_s, sums.ref_s, t) / sums.z_s;
+    }
+    team.meet();  // f_sum is about to be used again
+    return std::isfinite(total) ? total : 0.0;
   }
 
   // The soft value of the row goes to soft_; returns the sum of g.
   template <class Team>
   double diverge(const Team& team, int64_t row, double t, const Row& sums, Scratch<Real>& w) {
     auto sweep = table_.diverge[c_.divergence];
+    const double centre = table_.centred[c_.divergence] ? mean_difference(team, t, sums, w) : 0.0;
     team.each(blocks(), [&](int64_t b) {
       const Block<Real>& block = w.blocks[b];
       const int64_t j = block_start(b);
       const Divide by{fade(block.ref_t, sums.ref_t, t) / sums.z_t,
-                      fade(block.ref_s, sums.ref_s, t) / sums.z_s, 1.0 / t, sums.rho - block.apart() / t,
-                      c_.parameter};
+                      fade(block.ref_s, sums.ref_s, t) / sums.z_s,
+                      1.0 / t,
+                      sums.rho - block.apart() / t,
+                      c_.parameter,
+                      centre};
       sweep(w.es + j, w.et + j, w.g + j, block_size(b), by, w.f_sum + b, w.g_sum + b, ahead_of(row, b, 2, 1));
     });
     double f = 0.0, g = 0.0;
@@ -268,8 +279,7 @@ class RowLossCall {
     if (c_.label_smoothing == 0.0) return nll;
     double total = 0.0;
     for (int64_t b = 0; b < blocks(); ++b)
-      total += table_.shifted_sum[index(c_.student.dtype)](student + block_start(b) * size_, block_size(b),
-                                                           sums.ref_s);
+      total += table_.shifted_sum[index(c_.student.dtype)](student + block_start(b) * size_, block_size(b), sums.ref_s);
     const double uniform = std::log(sums.z_h) - total / static_cast<double>(c_.cols);
     return (1.0 - c_.label_smoothing) * nll + c_.label_smoothing * uniform;
   }
@@ -279,19 +289,15 @@ class RowLossCall {
   };
 
   template <class Team>
-  void write(const Team& team, int64_t row, char* out, const char* student, const char* teacher,
-             int64_t label, Weights weight, double t, Hard kind, const Row& sums, double g_sum, double rest,
-             const Scratch<Real>& w) {
+  void write(const Team& team, int64_t row, char* out, const char* student, const char* teacher, int64_t label,
+             Weights weight, double t, Hard kind, const Row& sums, double g_sum, double rest, const Scratch<Real>& w) {
     const int s = index(c_.student.dtype);
     const double smoothing = label >= 0 ? c_.label_smoothing : 0.0;
     const double constant = -weight.hard * smoothing / static_cast<double>(c_.cols);
-    const double of_g = weight.soft / t;
     auto factors = [&](int64_t b) {
       const double ref_s = w.blocks[b].ref_s, at_t = fade(ref_s, sums.ref_s, t) / sums.z_s;
-      const double of_q = teacher ? -of_g * g_sum * at_t : 0.0;
-      if (label < 0) return Combine{of_g, of_q, 0.0, 0.0, ref_s};
-      if (kind == Hard::linear) return Combine{of_g, of_q + weight.hard * at_t, 0.0, constant, ref_s};
-      return Combine{of_g, of_q, weight.hard * fade(ref_s, sums.ref_s, 1.0) / sums.z_h, constant, ref_s};
+      const double at_one = kind == Hard::linear ? at_t : fade(ref_s, sums.ref_s, 1.0) / sums.z_h;
+      return Combine{weight.soft / t, -g_sum * at_t, label < 0 ? 0.0 : weight.hard * at_one, constant, ref_s};
     };
     // At the label the hard gradient is p - 1 = -rest / z, taken before anything is rounded or, in place,
     // overwritten.
@@ -323,8 +329,7 @@ class RowLossCall {
   // Rows are summed in their order, so that the result does not depend on the threads.
   void reduce() const {
     if (!c_.loss) return;
-    Real *loss = static_cast<Real*>(c_.loss), *soft = static_cast<Real*>(c_.soft),
-         *hard = static_cast<Real*>(c_.hard);
+    Real *loss = static_cast<Real*>(c_.loss), *soft = static_cast<Real*>(c_.soft), *hard = static_cast<Real*>(c_.hard);
     double soft_sum = 0.0, hard_sum = 0.0;
     for (int64_t row = 0; row < rows_; ++row) {
       const double soft_share_ = soft_share(row), hard_share_ = hard_share(row);

@@ -42,9 +42,10 @@ Fault count_mask(const Mask<Real>& mask, int64_t rows, double* counted) {
   return {};
 }
 
-// The unit that an fp16 gradient is stored in, from the largest weight of a row: a power of two, so that applying it later
-// is exact. A row's gradient is mostly below its weight, so a unit 64 times smaller than the weight keeps small
-// probabilities out of fp16's subnormals, and leaves room for gradients 1000 times larger (reverse KL).
+// The unit that an fp16 gradient is stored in, from the largest weight of a row: a power of two, so that
+// applying it later is exact. A row's gradient is mostly below its weight, so a unit 64 times smaller than
+// the weight keeps small probabilities out of fp16's subnormals, and leaves room for gradients 1000 times
+// larger (reverse KL).
 inline double unit_of(double largest_weight) {
   if (!(largest_weight > 0.0) || std::isinf(largest_weight)) return 1.0;
   return std::exp2(std::ceil(std::log2(largest_weight)) - 6.0);

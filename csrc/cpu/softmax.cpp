@@ -45,8 +45,7 @@ Fault softmax_rows(const Softmax& c) {
              const double first = sweeps.rows.maximum[s](logits, size_at(0));
              team.each(blocks, [&](int64_t b) {
                sweep(b, first);
-               if (!block[b].in_range())
-                 sweep(b, sweeps.rows.maximum[s](logits + b * block_cols * size, size_at(b)));
+               if (!block[b].in_range()) sweep(b, sweeps.rows.maximum[s](logits + b * block_cols * size, size_at(b)));
              });
              double top = block[0].ref_s, z = 0.0;
              for (int64_t b = 1; b < blocks; ++b) top = std::max<double>(top, block[b].ref_s);
@@ -56,11 +55,11 @@ Fault softmax_rows(const Softmax& c) {
              team.each(blocks, [&](int64_t b) {
                const int64_t j = b * block_cols;
                if (c.logarithm)
-                 sweeps.softmax.log_probabilities[s](out + j * size, logits + j * size, size_at(b), top,
-                                                     1.0 / t, std::log(z));
+                 sweeps.softmax.log_probabilities[s](out + j * size, logits + j * size, size_at(b), top, 1.0 / t,
+                                                     std::log(z));
                else
                  sweeps.rows.gradient_alone[s](out + j * size, nullptr, es + j, es + j, size_at(b),
-                                               Combine{0.0, fade(b) / z, 0.0, 0.0, 0.0}, Ahead{});
+                                               Combine{0.0, 0.0, fade(b) / z, 0.0, 0.0}, Ahead{});
              });
            });
   return {};
@@ -73,24 +72,22 @@ void softmax_backward_rows(const SoftmaxBackward& c) {
   const int s = index(c.out.dtype);
   const int64_t size = size_of(c.out.dtype), blocks = (c.cols + block_cols - 1) / block_cols;
 
-  for_rows(c.outer * c.inner, c.cols, blocks * sizeof(double),
-           [&](int64_t row, auto team, std::byte* memory) {
-             double* sums = reinterpret_cast<double*>(memory);
-             const char *out = row_at(c.out, row, c.inner), *upstream = row_at(c.grad_out, row, c.inner);
-             char* grad = row_at(c.grad, row, c.inner);
-             auto size_at = [&](int64_t b) { return std::min(block_cols, c.cols - b * block_cols); };
-             team.each(blocks, [&](int64_t b) {
-               const int64_t j = b * block_cols * size;
-               sums[b] = sweeps.upstream_sum[s][c.logarithm](out + j, upstream + j, size_at(b));
-             });
-             double total = 0.0;
-             for (int64_t b = 0; b < blocks; ++b) total += sums[b];
-             team.each(blocks, [&](int64_t b) {
-               const int64_t j = b * block_cols * size;
-               sweeps.gradient[s][c.logarithm](grad + j, out + j, upstream + j, size_at(b), total,
-                                               1.0 / temperature[row]);
-             });
-           });
+  for_rows(c.outer * c.inner, c.cols, blocks * sizeof(double), [&](int64_t row, auto team, std::byte* memory) {
+    double* sums = reinterpret_cast<double*>(memory);
+    const char *out = row_at(c.out, row, c.inner), *upstream = row_at(c.grad_out, row, c.inner);
+    char* grad = row_at(c.grad, row, c.inner);
+    auto size_at = [&](int64_t b) { return std::min(block_cols, c.cols - b * block_cols); };
+    team.each(blocks, [&](int64_t b) {
+      const int64_t j = b * block_cols * size;
+      sums[b] = sweeps.upstream_sum[s][c.logarithm](out + j, upstream + j, size_at(b));
+    });
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; ++b) total += sums[b];
+    team.each(blocks, [&](int64_t b) {
+      const int64_t j = b * block_cols * size;
+      sweeps.gradient[s][c.logarithm](grad + j, out + j, upstream + j, size_at(b), total, 1.0 / temperature[row]);
+    });
+  });
 }
 
 }  // namespace

@@ -4,8 +4,7 @@
 
 // out = (logits - shift) / temperature - log_z
 template <class V, class S>
-void log_probabilities(void* out, const void* logits, int64_t n, double shift, double inverse_t,
-                       double log_z) {
+void log_probabilities(void* out, const void* logits, int64_t n, double shift, double inverse_t, double log_z) {
   S* to = static_cast<S*>(out);
   const S* s = static_cast<const S*>(logits);
   const V top(shift), scale(inverse_t), lse(log_z);
@@ -29,8 +28,7 @@ double upstream_sum(const void* out, const void* grad_out, int64_t n) {
 
 // softmax: grad = y (g - total) / T; log_softmax: grad = (g - exp(y) total) / T.
 template <class V, class S, bool logarithm>
-void softmax_gradient(void* grad, const void* out, const void* grad_out, int64_t n, double total,
-                      double inverse_t) {
+void softmax_gradient(void* grad, const void* out, const void* grad_out, int64_t n, double total, double inverse_t) {
   S* to = static_cast<S*>(grad);
   const S* y = static_cast<const S*>(out);
   const S* g = static_cast<const S*>(grad_out);
@@ -42,8 +40,7 @@ void softmax_gradient(void* grad, const void* out, const void* grad_out, int64_t
   };
   const int64_t whole = n - n % V::width;
   for (int64_t j = 0; j < whole; j += V::width) store(to + j, value(load(y + j), load(g + j)));
-  if (whole < n)
-    store(to + whole, value(load(y + whole, n - whole, 0.0), load(g + whole, n - whole, 0.0)), n - whole);
+  if (whole < n) store(to + whole, value(load(y + whole, n - whole, 0.0), load(g + whole, n - whole, 0.0)), n - whole);
 }
 
 template <class V, class S, int D>

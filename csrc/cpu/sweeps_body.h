@@ -1,6 +1,6 @@
-// sweeps_body.h: all sweeps for the instruction set of the including file, behind one table. Everything here but the table
-// has internal linkage: the linker could hand any shared copy of a function to a machine that lacks the instructions
-// (a test counts such symbols). Next: sweeps.h.
+// sweeps_body.h: all sweeps for the instruction set of the including file, behind one table. Everything here
+// but the table has internal linkage: the linker could hand any shared copy of a function to a machine that
+// lacks the instructions (a test counts such symbols). Next: sweeps.h.
 #include <immintrin.h>
 #include <cmath>
 #include <cstdint>

@@ -33,17 +33,14 @@ struct Block {
   Real ref_s, ref_t;   // in
   Real z_s, z_t, z_h;  // out: sums of exponentials, z_h at temperature 1
 
-  // The whole part of the models' distance leaves the student before the teacher does: that subtraction is
-  // exact for the logits that matter, and what remains of s - t is as small as the models are close.
+  // The models' distance, taken off the difference of their logits so that this is as small as the models are
+  // close.
   [[gnu::always_inline]] Real apart() const {
     const Real distance = ref_s - ref_t;
-    return distance > Real(-1e6) && distance < Real(1e6) ? static_cast<Real>(static_cast<int64_t>(distance))
-                                                         : Real(0);
+    return distance > Real(-1e6) && distance < Real(1e6) ? distance : Real(0);
   }
   // Neither infinite, nor undefined, nor near the end of a float's range.
-  [[gnu::always_inline]] bool in_range() const {
-    return z_s < Real(1e18) && z_t < Real(1e18) && z_h < Real(1e18);
-  }
+  [[gnu::always_inline]] bool in_range() const { return z_s < Real(1e18) && z_t < Real(1e18) && z_h < Real(1e18); }
 };
 
 // What to bring into the cache while sweeping one block: part of the row that this thread turns to next. A
@@ -60,12 +57,12 @@ struct Ahead {
 
 // The scalars of the second sweep.
 struct Divide {
-  double to_p, to_q, inverse_t, rho, parameter;
+  double to_p, to_q, inverse_t, rho, parameter, centre;
 };
 
 // The scalars of the third sweep.
 struct Combine {
-  double of_g, of_e, of_h, constant, ref_s;
+  double of_g, of_q, of_h, constant, ref_s;
 };
 
 // A dtype's index: f64 alone, or f32, f16, bf16 in DType's order.
@@ -75,36 +72,35 @@ inline constexpr int dtypes = sizeof(Real) == 8 ? 1 : 3;
 template <class Real>
 struct Sweeps {
   static constexpr int D = dtypes<Real>;
-  void (*exponentiate[D][D][3])(const void* student, const void* teacher, int64_t n, double temperature,
-                                Real* es, Real* et, Real* difference, Block<Real>* block, const Ahead& ahead);
-  void (*exponentiate_alone[D])(const void* logits, int64_t n, double temperature, Real* es,
-                                Block<Real>* block);
+  void (*exponentiate[D][D][3])(const void* student, const void* teacher, int64_t n, double temperature, Real* es,
+                                Real* et, Real* difference, Block<Real>* block, const Ahead& ahead);
+  void (*exponentiate_alone[D])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block);
   double (*maximum[D])(const void* logits, int64_t n);
   double (*exponential_sum[D])(const void* logits, int64_t n, double reference);
   double (*shifted_sum[D])(const void* logits, int64_t n, double reference);
-  void (*diverge[static_cast<int>(DivergenceId::count)])(const Real* es, const Real* et, Real* difference,
-                                                         int64_t n, const Divide& by, double* f_sum,
-                                                         double* g_sum, const Ahead& ahead);
-  void (*gradient[D][3])(void* out, const void* student, const Real* g, const Real* es, int64_t n,
-                         const Combine& by, const Ahead& ahead);
-  void (*gradient_alone[D])(void* out, const void* student, const Real* g, const Real* es, int64_t n,
-                            const Combine& by, const Ahead& ahead);
+  double (*weighted_difference)(const Real* es, const Real* difference, int64_t n);
+  bool centred[static_cast<int>(DivergenceId::count)];
+  void (*diverge[static_cast<int>(DivergenceId::count)])(const Real* es, const Real* et, Real* difference, int64_t n,
+                                                         const Divide& by, double* f_sum, double* g_sum,
+                                                         const Ahead& ahead);
+  void (*gradient[D][3])(void* out, const void* student, const Real* g, const Real* es, int64_t n, const Combine& by,
+                         const Ahead& ahead);
+  void (*gradient_alone[D])(void* out, const void* student, const Real* g, const Real* es, int64_t n, const Combine& by,
+                            const Ahead& ahead);
 };
 
 template <int D>
 struct SoftmaxSweeps {
-  void (*log_probabilities[D])(void* out, const void* logits, int64_t n, double shift, double inverse_t,
-                               double log_z);
+  void (*log_probabilities[D])(void* out, const void* logits, int64_t n, double shift, double inverse_t, double log_z);
   double (*upstream_sum[D][2])(const void* out, const void* grad_out, int64_t n);
-  void (*gradient[D][2])(void* grad, const void* out, const void* grad_out, int64_t n, double total,
-                         double inverse_t);
+  void (*gradient[D][2])(void* grad, const void* out, const void* grad_out, int64_t n, double total, double inverse_t);
 };
 
 template <int D>
 struct HiddenSweeps {
   void (*square_sums[D][D])(const void* student, const void* teacher, int64_t n, double* ss, double* tt);
-  void (*distance[D][D])(const void* student, const void* teacher, int64_t n, double inverse_s,
-                         double inverse_t, double* e_square, double* u_e);
+  void (*distance[D][D])(const void* student, const void* teacher, int64_t n, double inverse_s, double inverse_t,
+                         double* e_square, double* u_e);
   void (*gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,
                          double inverse_t, double of_e, double of_u);
 };

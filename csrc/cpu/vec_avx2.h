@@ -26,6 +26,7 @@ inline Vec max(Vec a, Vec b) { return _mm256_max_ps(b.v, a.v); }      // a nan i
 inline Vec fraction(Vec a) { return a - Vec(_mm256_floor_ps(a.v)); }  // a - floor(a)
 inline Vec exponent_in_range(Vec y) { return min(max(y, Vec(-127)), Vec(128)); }
 inline Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask is_number(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q)}; }
 inline Mask is_zero(Vec a) { return {_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_EQ_OQ)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, m.m); }
 
@@ -53,8 +54,7 @@ inline float largest(Vec a) {
 }
 
 inline __m256i first(int64_t k) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(k)),
-                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(k)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
 inline Vec widen(__m128i x, const Half*) { return _mm256_cvtph_ps(x); }
@@ -63,9 +63,7 @@ inline Vec widen(__m128i x, const BFloat16*) {
 }
 
 // to nearest, ties to even; a nan stays a (quiet) nan
-inline __m128i narrow(Vec a, Half*) {
-  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline __m128i narrow(Vec a, Half*) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline __m128i narrow(Vec a, BFloat16*) {
   __m256i bits = _mm256_castps_si256(a.v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

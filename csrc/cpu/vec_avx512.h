@@ -24,11 +24,10 @@ inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }  
 inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(b.v, a.v); }  // a nan in `a` stays
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(b.v, a.v); }  // a nan in `a` stays
-inline Vec fraction(Vec a) {
-  return _mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}                                                  // a - floor(a)
+inline Vec fraction(Vec a) { return _mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }  // a - floor(a)
 inline Vec exponent_in_range(Vec y) { return y; }  // fraction and scale2 take any y here, -inf too
 inline Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask is_number(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q)}; }
 inline Mask is_zero(Vec a) { return {_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_EQ_OQ)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m.m, no.v, yes.v); }
 
@@ -44,19 +43,13 @@ inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline __mmask16 first(int64_t k) { return static_cast<__mmask16>((1u << k) - 1u); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline Vec load(const float* p, int64_t k, double fill) {
-  return _mm512_mask_loadu_ps(Vec(fill).v, first(k), p);
-}
-inline Vec load(const Half* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+inline Vec load(const float* p, int64_t k, double fill) { return _mm512_mask_loadu_ps(Vec(fill).v, first(k), p); }
+inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load(const Half* p, int64_t k, double fill) {
   __m512 x = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(k), p));
   return _mm512_mask_blend_ps(first(k), Vec(fill).v, x);
 }
-inline __m512 widen(__m256i bf16) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
-}
+inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 inline Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load(const BFloat16* p, int64_t k, double fill) {
   return _mm512_mask_blend_ps(first(k), Vec(fill).v, widen(_mm256_maskz_loadu_epi16(first(k), p)));

@@ -20,24 +20,15 @@ DISTIL_FAST_SCALAR Scalar<R> operator+(Scalar<R> a, Scalar<R> b) { return Scalar
 DISTIL_FAST_SCALAR Scalar<R> operator-(Scalar<R> a, Scalar<R> b) { return Scalar<R>(a.v - b.v); }
 DISTIL_FAST_SCALAR Scalar<R> operator*(Scalar<R> a, Scalar<R> b) { return Scalar<R>(a.v * b.v); }
 DISTIL_FAST_SCALAR Scalar<R> operator/(Scalar<R> a, Scalar<R> b) { return Scalar<R>(a.v / b.v); }
-DISTIL_FAST_SCALAR Scalar<R> fma(Scalar<R> a, Scalar<R> b, Scalar<R> c) {
-  return Scalar<R>(std::fma(a.v, b.v, c.v));
-}
-DISTIL_FAST_SCALAR Scalar<R> fms(Scalar<R> a, Scalar<R> b, Scalar<R> c) {
-  return Scalar<R>(std::fma(a.v, b.v, -c.v));
-}
+DISTIL_FAST_SCALAR Scalar<R> fma(Scalar<R> a, Scalar<R> b, Scalar<R> c) { return Scalar<R>(std::fma(a.v, b.v, c.v)); }
+DISTIL_FAST_SCALAR Scalar<R> fms(Scalar<R> a, Scalar<R> b, Scalar<R> c) { return Scalar<R>(std::fma(a.v, b.v, -c.v)); }
 DISTIL_FAST_SCALAR Scalar<R> abs(Scalar<R> a) { return Scalar<R>(std::fabs(a.v)); }
-DISTIL_FAST_SCALAR Scalar<R> min(Scalar<R> a, Scalar<R> b) {
-  return b.v < a.v ? b : a;
-}  // a nan in `a` stays
-DISTIL_FAST_SCALAR Scalar<R> max(Scalar<R> a, Scalar<R> b) {
-  return b.v > a.v ? b : a;
-}  // a nan in `a` stays
+DISTIL_FAST_SCALAR Scalar<R> min(Scalar<R> a, Scalar<R> b) { return b.v < a.v ? b : a; }  // a nan in `a` stays
+DISTIL_FAST_SCALAR Scalar<R> max(Scalar<R> a, Scalar<R> b) { return b.v > a.v ? b : a; }  // a nan in `a` stays
 DISTIL_FAST_SCALAR Scalar<R> fraction(Scalar<R> a) { return Scalar<R>(a.v - std::floor(a.v)); }
-DISTIL_FAST_SCALAR Scalar<R> exponent_in_range(Scalar<R> y) {
-  return min(max(y, Scalar<R>(-127)), Scalar<R>(128));
-}
+DISTIL_FAST_SCALAR Scalar<R> exponent_in_range(Scalar<R> y) { return min(max(y, Scalar<R>(-127)), Scalar<R>(128)); }
 DISTIL_FAST_SCALAR bool operator<(Scalar<R> a, Scalar<R> b) { return a.v < b.v; }
+DISTIL_FAST_SCALAR bool is_number(Scalar<R> a) { return a.v == a.v; }
 DISTIL_FAST_SCALAR bool is_zero(Scalar<R> a) { return a.v == R(0); }
 DISTIL_FAST_SCALAR Scalar<R> select(bool m, Scalar<R> yes, Scalar<R> no) { return m ? yes : no; }
 // x 2^floor(n); n < -126 gives 0
@@ -45,9 +36,7 @@ DISTIL_FAST_SCALAR Scalar<R> scale2(Scalar<R> x, Scalar<R> n) {
   if (n.v < R(-126)) return Scalar<R>(0);
   return Scalar<R>(n.v == n.v ? std::ldexp(x.v, static_cast<int>(std::floor(n.v))) : n.v);
 }
-DISTIL_FAST_SCALAR Scalar<R> exponent(Scalar<R> x) {
-  return Scalar<R>(std::floor(std::log2(x.v * R(1.41421356))));
-}
+DISTIL_FAST_SCALAR Scalar<R> exponent(Scalar<R> x) { return Scalar<R>(std::floor(std::log2(x.v * R(1.41421356)))); }
 DISTIL_FAST_SCALAR R sum(Scalar<R> a) { return a.v; }
 DISTIL_FAST_SCALAR R largest(Scalar<R> a) { return a.v; }
 
@@ -59,8 +48,7 @@ inline float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.
 inline float widen(Half x) {
   uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7FFF;
   if (rest >= 0x7C00) return bit_cast<float>(sign | 0x7F800000 | (rest & 0x3FF) << 13);
-  float magnitude =
-      rest < 0x400 ? static_cast<float>(rest) * 0x1p-24f : bit_cast<float>((rest << 13) + (112u << 23));
+  float magnitude = rest < 0x400 ? static_cast<float>(rest) * 0x1p-24f : bit_cast<float>((rest << 13) + (112u << 23));
   return sign ? -magnitude : magnitude;
 }
 

@@ -18,10 +18,9 @@ using namespace distil_fast;
 
 namespace {
 
-using Shape = std::tuple<int64_t, int64_t, int64_t>;  // outer, inner, cols
-using MatrixArgs =
-    std::tuple<uintptr_t, int32_t, int64_t, int64_t>;  // pointer, dtype, outer stride, row stride
-using Result = std::tuple<int32_t, int64_t, double, double>;   // kind (0: nothing wrong), row, value; unit
+using Shape = std::tuple<int64_t, int64_t, int64_t>;                  // outer, inner, cols
+using MatrixArgs = std::tuple<uintptr_t, int32_t, int64_t, int64_t>;  // pointer, dtype, outer stride, row stride
+using Result = std::tuple<int32_t, int64_t, double, double>;          // kind (0: nothing wrong), row, value; unit
 
 template <class T = void>
 T* pointer(uintptr_t address) {
@@ -43,11 +42,11 @@ Result result(const Fault& fault, double unit = 1.0) {
 }
 
 Result row_loss(const Shape& shape, const MatrixArgs& student, const std::optional<MatrixArgs>& teacher,
-                const std::optional<MatrixArgs>& grad, uintptr_t labels, int64_t ignore_index,
-                uintptr_t soft_mask, bool mask_is_bool, uintptr_t temperatures, double temperature,
-                double soft_weight, double hard_weight, double soft_count, double hard_count, bool t_squared,
-                int32_t reduction, double label_smoothing, int32_t divergence, double parameter,
-                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard) {
+                const std::optional<MatrixArgs>& grad, uintptr_t labels, int64_t ignore_index, uintptr_t soft_mask,
+                bool mask_is_bool, uintptr_t temperatures, double temperature, double soft_weight, double hard_weight,
+                double soft_count, double hard_count, bool t_squared, int32_t reduction, double label_smoothing,
+                int32_t divergence, double parameter, uintptr_t upstream, uintptr_t loss, uintptr_t soft,
+                uintptr_t hard) {
   RowLoss call;
   set_shape(call, shape);
   call.student = matrix(student);
@@ -101,8 +100,8 @@ Result softmax(const Shape& shape, const MatrixArgs& logits, const MatrixArgs& o
   return result(softmax_cpu(call));
 }
 
-void softmax_backward(const Shape& shape, const MatrixArgs& out, const MatrixArgs& grad_out,
-                      const MatrixArgs& grad, bool logarithm, uintptr_t temperatures, double temperature) {
+void softmax_backward(const Shape& shape, const MatrixArgs& out, const MatrixArgs& grad_out, const MatrixArgs& grad,
+                      bool logarithm, uintptr_t temperatures, double temperature) {
   SoftmaxBackward call;
   set_shape(call, shape);
   call.out = matrix(out);

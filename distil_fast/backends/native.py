@@ -53,7 +53,7 @@ def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Any]]:
     if len(shape) == 3:
         return (shape[0], shape[1], cols), [t if t is None else _matrix(t, t.stride(0), t.stride(1)) for t in tensors]
     leading = len(shape) - 1
-    for split in range(leading):
+    for split in range(leading or 1):
         strides = {id(t): (_merged(t, 0, split), _merged(t, split, leading)) for t in given}
         if not any(None in pair for pair in strides.values()):
             sizes = shape[:split].numel(), shape[split:-1].numel(), cols
@@ -248,7 +248,7 @@ def softmax(logits: Tensor, temperature: float | Tensor, logarithm: bool) -> Ten
     temperatures, number = _temperature(temperature, real_dtype(logits))
     out = empty_like_rows(logits)
     shape, (logits_m, out_m) = geometry(logits, out)
-    fault = _C.softmax(shape, logits_m, out_m, logarithm, _address(temperatures), number)
+    *fault, _ = _C.softmax(shape, logits_m, out_m, logarithm, _address(temperatures), number)
     if fault[0]:
         _raise(fault, cols=shape[2])
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import mmap
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from distil_fast.bench import machine
 
@@ -32,6 +31,7 @@ class Effort:
     most: int
 
 
+TRIALS = 9  # of each way to copy
 FULL = Effort(warm_up=2.0, budget=1.5, fewest=7, most=60)
 QUICK = Effort(warm_up=0.5, budget=0.5, fewest=3, most=20)
 
@@ -116,35 +116,37 @@ def _warm_up(contenders: Sequence[Sampled], effort: Effort, evict: Callable[[], 
 
 
 def schedule(counts: Sequence[int]) -> list[int]:
-    """Whose turn it is, so that number i comes up counts[i] times, evenly spread over the rounds."""
+    """Whose turn it is: number i comes up counts[i] times, evenly spread over rounds of an order that changes, so that
+    what one leaves behind (freed memory, a warm core) does not always fall on the same next one."""
+    order = random.Random(0)
     rounds = max(counts, default=0)
-    return [
-        number
-        for turn in range(rounds)
-        for number, count in enumerate(counts)
-        if (turn + 1) * count // rounds > turn * count // rounds
-    ]
+    turns: list[int] = []
+    for r in range(rounds):
+        taking_part = [i for i, count in enumerate(counts) if (r + 1) * count // rounds > r * count // rounds]
+        turns += order.sample(taking_part, len(taking_part))
+    return turns
 
 
 class Copy:
     """The fastest copy of memory that torch or the C library make with all threads: the yardstick of every case.
 
-    Both arrays lie in huge pages that have been touched, and together are eight times the last cache. The C library
-    streams such sizes past the caches; torch's copy_ reads the destination before it overwrites it on some machines.
+    Both arrays together are eight times the last cache. The C library streams such sizes past the caches; torch's
+    copy_ reads the destination before it overwrites it on some processors.
     """
 
     calls = 1
 
     def __init__(self, evict: Callable[[], object]) -> None:
         self.bytes = 4 * machine.last_level_cache_bytes()
-        self.source, self.destination = _touched(self.bytes), _touched(self.bytes)
+        self.source, self.destination = (torch.ones(self.bytes, dtype=torch.uint8) for _ in range(2))
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
         methods: dict[str, Callable[[], object]] = {"torch copy_": self._copy, "memmove on all threads": self._memmove}
-        seconds = {}
-        for self.method, self.call in methods.items():
-            seconds[self.method] = statistics.median(sample(self, evict) for _ in range(7))
-        self.method = min(seconds, key=seconds.__getitem__)
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        for _ in range(TRIALS):
+            for name, self.call in methods.items():
+                seconds[name].append(sample(self, evict))
+        self.method = min(seconds, key=lambda name: statistics.median(seconds[name]))
         self.call = methods[self.method]
 
     def prepare(self) -> None:
@@ -167,10 +169,3 @@ class Copy:
         ]
         for half in halves:
             half.result()
-
-
-def _touched(size: int) -> Tensor:
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)

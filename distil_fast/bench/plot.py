@@ -65,6 +65,6 @@ def _draw(axes: Axes, results: Results, place: int, bars: dict[str, Row]) -> Non
         if name == "ours":
             text += f", {results.times_faster(row, 'eager'):.0f}x"
         axes.text(row.timing.p50, y, text, va="center", fontsize=8)
-    floor = results.floor_ms(bars["ours"])
+    floor = bars["ours"].floor_ms
     label = "copy floor" if place == 0 else None
     axes.plot([floor, floor], [place - 1.5 * BAR, place + 1.5 * BAR], color="#d1495b", lw=1.6, label=label)

@@ -22,16 +22,22 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one case. `floor_bytes`: its least traffic, 0 where data is in cache. `refused`: why it was not
-    timed. Errors as in correctness.Errors."""
+    """One contender of one case. `floor_bytes`: its least traffic, 0 where data is in cache; `copy_gb_per_s`: how fast
+    a copy was in the same rounds. `refused`: why it was not timed. Errors as in correctness.Errors."""
 
     case: str
     contender: str
     floor_bytes: int
+    copy_gb_per_s: float = 0.0
     errors: Errors | None = None
     refused: str | None = None
     timing: Timing | None = None
     peak_extra_bytes: int | None = None
+
+    @property
+    def floor_ms(self) -> float:
+        """The time that the least traffic takes at the speed of the copy."""
+        return 1e-6 * self.floor_bytes / self.copy_gb_per_s
 
     @property
     def is_our_fault(self) -> bool:
@@ -49,30 +55,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. `copy_gb_per_s`: the yardstick's median rate in each group of cases."""
+    """A whole run: what was asked for, when and on what, how long it took, and what was found."""
 
-    command: str
-    date: str
-    machine: dict[str, Any]
-    copy_method: str
-    copy_gb_per_s: list[float]
     rows: list[Row]
+    copy_method: str
     memory: list[Memory] = field(default_factory=list)
+    command: str = ""
+    date: str = ""
+    seconds: float = 0.0
     processes: int = 1
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def bandwidth(self) -> float:
-        """Bytes a second of the fastest copy that was measured, which makes the floor."""
-        return 1e9 * max(self.copy_gb_per_s)
-
-    @property
-    def unrest(self) -> float:
-        """By how much the yardstick fell behind its best in some group: above 0.15, the machine was busy."""
-        return 1.0 - min(self.copy_gb_per_s) / max(self.copy_gb_per_s)
-
-    def floor_ms(self, row: Row) -> float:
-        """The time that the operation's least traffic takes at the speed of a copy."""
-        return 1e3 * row.floor_bytes / self.bandwidth
+    def copy_range(self) -> tuple[float, float]:
+        """The slowest and the fastest rate of the copy beside any case, in GB/s."""
+        rates = [row.copy_gb_per_s for row in self.rows]
+        return min(rates), max(rates)
 
     def row(self, case: str, contender: str) -> Row | None:
         return next((row for row in self.rows if (row.case, row.contender) == (case, contender)), None)
@@ -97,8 +95,7 @@ def merged(runs: Sequence[Results]) -> Results:
     """The runs of several processes as one: medians of times, the largest errors; refused where any run refused."""
     first = runs[0]
     rows = [_merged_row([run.rows[i] for run in runs]) for i in range(len(first.rows))]
-    copies = [statistics.median(group) for group in zip(*(run.copy_gb_per_s for run in runs), strict=True)]
-    return replace(first, rows=rows, copy_gb_per_s=copies, processes=len(runs))
+    return replace(first, rows=rows, processes=len(runs))
 
 
 def _merged_row(rows: Sequence[Row]) -> Row:
@@ -107,6 +104,7 @@ def _merged_row(rows: Sequence[Row]) -> Row:
     timings = [row.timing for row in rows if row.timing]
     return replace(
         rows[0],
+        copy_gb_per_s=statistics.median(row.copy_gb_per_s for row in rows),
         errors=Errors(*(_largest(values) for values in zip(*errors, strict=True))) if errors else None,  # type: ignore[arg-type]
         refused=refused,
         timing=None if refused or not timings else _merged_timing(timings),

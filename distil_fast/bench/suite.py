@@ -5,6 +5,8 @@ It knows neither formulae nor tables. Next: measure.py for the clock, report.py 
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -26,7 +28,7 @@ def run(
     chosen: Sequence[Case], memory: Sequence[Case], effort: Effort, *, processes: int, command: str, note: Note
 ) -> Results:
     """Measures the cases and the peak memory of `memory`; `note` is told what is going on."""
-    described = machine.describe()
+    described, start, now = machine.describe(), time.monotonic(), datetime.now(timezone.utc)
     if processes == 1:
         found = _timed(chosen, effort, note)
     else:
@@ -35,8 +37,15 @@ def run(
             note(f"process {number + 1} of {processes}")
             runs.append(isolated.fresh(_timed, chosen, effort))
         found = results.merged(runs)
-    found = replace(found, command=command, machine=described, rows=_with_isolated(found, chosen, note))
-    return replace(found, memory=_beyond_gradient(memory, note))
+    return replace(
+        found,
+        rows=_with_isolated(found, chosen, note),
+        memory=_beyond_gradient(memory, note),
+        command=command,
+        date=now.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - start, 1),
+        machine=described,
+    )
 
 
 def _timed(chosen: Sequence[Case], effort: Effort, note: Note = lambda text: None) -> Results:
@@ -44,23 +53,17 @@ def _timed(chosen: Sequence[Case], effort: Effort, note: Note = lambda text: Non
     evict = measure.CacheEvictor()
     copy = measure.Copy(evict)
     rows: list[Row] = []
-    rates: list[float] = []
     try:
         for group in cases.groups(chosen):
             note(f"{group[0].name}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
-            found, copy_seconds = _timed_group(group, copy, effort, evict)
-            rows += found
-            rates.append(copy.gb_per_s(copy_seconds))
+            rows += _timed_group(group, copy, effort, evict)
     finally:
         _C.use_instruction_set(contenders.BEST_INSTRUCTION_SET)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Results("", date, {}, copy.method, rates, rows)
+    return Results(rows, copy.method)
 
 
-def _timed_group(
-    group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: Callable[[], object]
-) -> tuple[list[Row], float]:
-    """The rows of cases that are timed in turn, and the copy's median seconds beside them."""
+def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: Callable[[], object]) -> list[Row]:
+    """The rows of cases that are timed in turn, the copy beside them."""
     torch._dynamo.reset()  # other groups' compiled code
     rows: list[Row] = []
     admitted: list[Contender] = []
@@ -77,7 +80,8 @@ def _timed_group(
     copied, *samples = measure.in_turn([copy, *admitted], effort, evict)
     for number, seconds in zip(numbers, samples, strict=True):
         rows[number] = replace(rows[number], timing=Timing.of(seconds))
-    return rows, 1e-3 * Timing.of(copied).p50
+    rate = copy.gb_per_s(statistics.median(copied))
+    return [replace(row, copy_gb_per_s=rate) for row in rows]
 
 
 def checked(name: str, case: Case, problem: problems.Problem, exact: problems.Exact) -> tuple[Row, Contender | None]:

@@ -51,7 +51,7 @@ def of_floor(case: str) -> Value:
 
     def value(results: Results) -> float | None:
         row, ms = results.row(case, "ours"), results.ms(case, "ours")
-        return ms / results.floor_ms(row) if row and ms else None
+        return ms / row.floor_ms if row and ms else None
 
     return value
 

@@ -23,7 +23,16 @@ from transformers import DistilBertForMaskedLM, PreTrainedTokenizerBase
 
 from distil_fast.training import evaluate, report, throughput
 from distil_fast.training.atomic import replacing
-from distil_fast.training.config import EVALUATION_MASKING, DemoConfig, InputError, MaskingConfig
+from distil_fast.training.config import (
+    EVALUATION_MASKING,
+    DemoConfig,
+    HeadConfig,
+    InputError,
+    MaskingConfig,
+    TrainingConfig,
+    short_head_fit,
+    short_training,
+)
 from distil_fast.training.corpus import documents_from_installed_packages
 from distil_fast.training.data import batches, documents_from_file, endless_batches, pack, split_documents, token_counts
 from distil_fast.training.masked_lm import MaskedLM, resolve_precision
@@ -59,6 +68,7 @@ def run(config: DemoConfig, console: Console) -> report.Results:
     _make_writable(config.output, "--output")
     torch.manual_seed(config.seed)
     precision = resolve_precision(config.precision)
+    head, training = config.head or short_head_fit(precision), config.training or short_training(precision)
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "text"), console.status("Reading the text"):
@@ -71,27 +81,27 @@ def run(config: DemoConfig, console: Console) -> report.Results:
     )
     with _timed(seconds, "head"):
         if not teacher.has_head:
-            _give_head(config, teacher, text, precision, console)
+            _give_head(config, head, teacher, text, precision, console)
     untrained = student_from_teacher(teacher.model)
     untrained.set_attn_implementation("eager")  # as the teacher's
     student = copy.deepcopy(untrained)
     with _timed(seconds, "distillation"):
         layers = evenly_spaced_layers(teacher.model.config.num_hidden_layers)
         console.print(f"Student: {len(layers)} layers, from layers {layers} of {teacher.name}; {precision}.")
-        stream = _masked_stream(config, teacher, text, config.training.masking, config.training.micro_batch_size)
-        trainer = Trainer(student, teacher.model, config.training, precision)
-        with report.progress(console, "Distilling", config.training.steps) as advance:
+        stream = _masked_stream(config, teacher, text, training.masking, training.micro_batch_size)
+        trainer = Trainer(student, teacher.model, training, precision)
+        with report.progress(console, "Distilling", training.steps) as advance:
             history = trainer.fit(stream, advance)
     _save(student, teacher.tokenizer, config.output / "student")
     report.plot_losses(history, config.output / "losses.png")
 
     with _timed(seconds, "evaluation"), console.status("Evaluating"):
         models = _compare(config, teacher, text, untrained, student)
-        micro_batches = [next(stream) for _ in range(config.training.accumulation_steps)]
-        arguments = (untrained, teacher.model, micro_batches, config.training, precision)
+        micro_batches = [next(stream) for _ in range(training.accumulation_steps)]
+        arguments = (untrained, teacher.model, micro_batches, training, precision)
         results = report.Results(
             environment=_environment(),
-            configuration=_configuration(config, teacher, precision),
+            configuration=_configuration(config, head, training, teacher, precision),
             text=counts,
             models=models,
             loss_tokens_per_second=throughput.loss_throughput(*arguments),
@@ -144,10 +154,12 @@ def _masked_stream(
     return map(_masking(config, teacher, text, masking), stream)
 
 
-def _give_head(config: DemoConfig, teacher: Teacher, text: Text, precision: str, console: Console) -> None:
+def _give_head(
+    config: DemoConfig, head: HeadConfig, teacher: Teacher, text: Text, precision: str, console: Console
+) -> None:
     cache = config.cache or cache_folder()
     _make_writable(cache, "the cache")
-    settings = (config.head, config.seed, precision)
+    settings = (head, config.seed, precision)
     path = cache / f"{cache_key(teacher.model, text.training, settings)}.safetensors"
     if load_fitted(teacher.model, path):
         console.print(f"Teacher: {teacher.name}; its masked-LM head was fitted before ({path}).")
@@ -156,9 +168,9 @@ def _give_head(config: DemoConfig, teacher: Teacher, text: Text, precision: str,
             f"Teacher: {teacher.name} is an encoder without a masked-LM head. One is fitted on the text now, encoder "
             "and all, and kept for the next time."
         )
-        stream = _masked_stream(config, teacher, text, config.head.masking, config.head.batch_size)
-        with report.progress(console, "Fitting the head", config.head.steps) as advance:
-            fit_head(teacher.model, stream, config.head, precision, advance)
+        stream = _masked_stream(config, teacher, text, head.masking, head.batch_size)
+        with report.progress(console, "Fitting the head", head.steps) as advance:
+            fit_head(teacher.model, stream, head, precision, advance)
         save_fitted(teacher.model, path)
     _save(teacher.model, teacher.tokenizer, config.output / "teacher")
 
@@ -204,7 +216,9 @@ def _environment() -> dict[str, str | int]:
     }
 
 
-def _configuration(config: DemoConfig, teacher: Teacher, precision: str) -> dict[str, object]:
-    resolved = {"teacher": teacher.name, "precision": precision, "text": str(config.text) if config.text else None}
-    paths = {"output": str(config.output), "cache": str(config.cache or cache_folder())}
-    return asdict(config) | resolved | paths
+def _configuration(
+    config: DemoConfig, head: HeadConfig, training: TrainingConfig, teacher: Teacher, precision: str
+) -> dict[str, object]:
+    given = asdict(config) | {"text": config.text and str(config.text), "output": str(config.output)}
+    resolved = {"cache": str(config.cache or cache_folder()), "teacher": teacher.name, "precision": precision}
+    return given | resolved | {"head": asdict(head), "training": asdict(training)}

@@ -62,7 +62,7 @@ def plain_triple_loss(
     return TripleTerms(alpha_ce * ce + alpha_mlm * mlm + alpha_cos * cos, ce.detach(), mlm.detach(), cos.detach())
 
 
-LOSSES: Mapping[str, LossFunction] = {DISTIL_FAST: triple_loss, PYTORCH: plain_triple_loss}
+LOSSES: dict[str, LossFunction] = {DISTIL_FAST: triple_loss, PYTORCH: plain_triple_loss}
 
 
 def loss_throughput(

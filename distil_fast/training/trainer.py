@@ -77,8 +77,8 @@ def _in_words(terms: Tensor) -> str:
 class Trainer:
     """Distils `teacher` into `student`, in place.
 
-    AdamW without decay, linear warm-up and decay of the learning rate, gradient norm clipped. The student is in
-    training mode (dropout on) while it trains and then in evaluation mode; the teacher is only read.
+    AdamW without decay, linear warm-up and decay of the learning rate, gradient norm clipped. The student is left in
+    evaluation mode; the teacher is only read.
 
     Args:
         student, teacher: masked language models with one vocabulary and one hidden size, on one device.
@@ -131,7 +131,7 @@ class Trainer:
         """
         config = self.config
         history = torch.zeros(config.steps, len(TERMS), device=self.student.device)
-        self.student.train()
+        self.student.train(config.dropout)
         for step in range(config.steps):
             history[step] = self.step([next(batches) for _ in range(config.accumulation_steps)])
             done = step + 1
