@@ -107,7 +107,7 @@ def check_quantity(name: str, quantity: object, values: Tensor) -> float | Tenso
     """A weight or a count: a finite number, or a 0-d tensor on the same device. A number comes back as a float."""
     if not isinstance(quantity, Tensor):
         number = _as_float(name, quantity)
-        if not math.isfinite(number) or (name.endswith("count") and number < 0):
+        if not -math.inf < number < math.inf or (name.endswith("count") and number < 0):
             expected = "a finite number >= 0" if name.endswith("count") else "a finite number"
             raise ValueError(f"{name}: expected {expected}, got {quantity}.")
         return number

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from distil_fast import backends, checks, ops, reference
 from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
@@ -16,10 +17,13 @@ from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_diverge
 
 def _on_kernels(values: Tensor, name: str) -> bool:
     """Whether the fused kernels serve this call; plain torch does otherwise."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
+    ):
         raise NotImplementedError(
-            f"distil_fast.{name} has no rules for torch.func transforms (vmap, grad, jvp, ...). Batches need none: "
-            f"leading dimensions are rows. For the transforms use distil_fast.reference.{name}, which is plain torch."
+            f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
+            f"none: leading dimensions are rows. For these use distil_fast.reference.{name}, which is plain torch."
         )
     return backends.is_native(values.device)
 
@@ -64,7 +68,8 @@ def distillation_loss(
         labels: `[...]` integers in [0, V), or `ignore_index`. None: no hard term.
         temperature: T > 0 (1e-15 to 1e15), a number or one per row `[...]`. The hard term is at T = 1.
         soft_weight, hard_weight: a number or a 0-d tensor. `hard_weight` None: 1 with labels, 0 without. A term of
-            weight 0 is not computed and reads nothing.
+            weight 0 is not computed and reads nothing. Under torch.compile a number is a constant of the graph: what
+            changes from step to step, a temperature or a count too, is better a tensor.
         soft_mask: `[...]`, bool, or non-negative float token weights. None: every row counts 1.
         soft_count, hard_count: replace the denominators, a number or a 0-d tensor, with reduction "mean" only. For
             gradient accumulation: the count of the whole step. Under DistributedDataParallel, which averages the ranks'

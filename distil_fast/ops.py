@@ -176,6 +176,7 @@ def _direct(values: Tensor) -> bool:
     """Whether a call may skip the dispatcher: nobody traces, and the tensor is nothing but a tensor."""
     return (
         not torch.compiler.is_compiling()
+        and not values.is_meta
         and type(values) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     )

@@ -97,8 +97,8 @@ class JSD(Divergence):
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"JSD(beta): expected 0 < beta < 1, got {self.beta}. The divergence is 0 for every pair of models "
-                "at both ends; where other libraries switch to a KL there, say divergence='forward_kl' (their beta = 0) "
-                "or 'reverse_kl' (their beta = 1)."
+                "at both ends; where other libraries switch to a KL there, say 'forward_kl' (their beta = 0) or "
+                "'reverse_kl' (their beta = 1)."
             )
 
     @property

@@ -65,7 +65,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_distillation_loss(divergence: str, settings: str, reduction: str) -> None:
     if settings == "counts" and reduction != "mean":
         pytest.skip("counts are denominators, and only a mean has one")
-    arguments = SETTINGS[settings] | {"divergence": oracle.DIVERGENCES[divergence], "reduction": reduction}
+    arguments: dict[str, Any] = SETTINGS[settings] | {
+        "divergence": oracle.DIVERGENCES[divergence],
+        "reduction": reduction,
+    }
     assert_gradient(
         lambda x: distil_fast.distillation_loss(x, TEACHER, LABELS, **arguments).loss, doubles(ROWS, SIZE, seed=2)
     )
@@ -130,7 +133,7 @@ def test_fp32_loss_moves_by_what_its_gradient_says(instruction_set: str, diverge
 
 @pytest.mark.parametrize("divergence", oracle.DIVERGENCES)
 def test_a_constant_added_to_the_logits_changes_nothing(instruction_set: str, divergence: str) -> None:
-    """So each row of the gradient sums to 0: what the projection on the simplex is there for."""
+    """So each row of the gradient sums to 0: what the projection is there for. NeMo Automodel #2428 had lost it."""
     student, teacher = (x.float() for x in oracle.logit_pair("plain", 5, 5003, oracle.generator("sum")))
     labels = torch.tensor([0, 17, 2048, 5002, -100])
     for temperature in (1.0, 2.0, 3.7):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_layouts_give_the_same_bits_and_nothing_else_is_touched(
     student.copy_(torch.randn(student.shape, generator=g, dtype=torch.float64))
     teacher.copy_(torch.randn(teacher.shape, generator=g, dtype=torch.float64))
     labels = torch.randint(0, SIZE, student.shape[:-1], generator=g)
-    settings = {"divergence": "jsd", "temperature": 3.7, "label_smoothing": 0.1}
+    settings: dict[str, Any] = {"divergence": "jsd", "temperature": 3.7, "label_smoothing": 0.1}
     expected = calls.by_backend(student.contiguous(), teacher.contiguous(), labels, **settings)
     before = [bits(x).clone() for x in (student, teacher)]
     fresh = calls.by_backend(student, teacher, labels, **settings)
@@ -172,7 +173,7 @@ def test_what_no_term_uses_reaches_nothing(instruction_set: str, reduction: str,
         labels = torch.tensor([1, -100, 2, -100, 299])
         mask = torch.tensor([1.0, 0.5, 0.0, 0.0, 2.0]).to(native.real_dtype(student))
         temperature = torch.tensor([1.0, 2.0, float("nan"), -1.0, 3.7]).to(mask.dtype)  # of unused rows: anything
-        settings = {"soft_mask": mask, "temperature": temperature, "reduction": reduction}
+        settings: dict[str, Any] = {"soft_mask": mask, "temperature": temperature, "reduction": reduction}
         good = calls.by_backend(student, teacher, labels, **settings)
         student[3], teacher[2:4] = filler, filler
         result = calls.by_backend(student, teacher, labels, **settings)

@@ -6,6 +6,7 @@ The expectations are closed forms in float64 (oracle.closed_form). Next: test_ro
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import distil_fast
 from tests import calls, oracle
 
 INF = math.inf
+Settings = dict[str, Any]
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [7, 100, 5000]
 
@@ -59,7 +61,11 @@ def test_columns_masked_in_both_do_not_exist(instruction_set: str, divergence: s
     for size in SIZES:
         student, teacher = rows_of_logits(size, dtype, "both")
         columns = every_third(size)
-        settings = {"divergence": oracle.DIVERGENCES[divergence], "reduction": "sum", "t_squared": False}
+        settings: Settings = {
+            "divergence": oracle.DIVERGENCES[divergence],
+            "reduction": "sum",
+            "t_squared": False,
+        }
         result = calls.by_backend(masked(student, columns), masked(teacher, columns), **settings)
         value, gradient = oracle.closed_form(settings["divergence"], student[:, ~columns], teacher[:, ~columns], 2.0)
         everywhere = torch.zeros(student.shape, dtype=torch.float64)
@@ -79,7 +85,11 @@ def test_columns_masked_in_one(instruction_set: str, who: str, divergence: str, 
             student = masked(student, every_third(size, 1))
         if who != "student":
             teacher = masked(teacher, every_third(size, 2))
-        settings = {"divergence": oracle.DIVERGENCES[divergence], "reduction": "sum", "t_squared": False}
+        settings: Settings = {
+            "divergence": oracle.DIVERGENCES[divergence],
+            "reduction": "sum",
+            "t_squared": False,
+        }
         result = calls.by_backend(student, teacher, temperature=2.0, **settings)
         value, gradient = oracle.closed_form(settings["divergence"], student, teacher, 2.0)
         infinite = {"forward_kl": who != "teacher", "reverse_kl": who != "student"}.get(divergence, False)
@@ -114,7 +124,11 @@ def test_cross_entropy_with_a_masked_vocabulary(instruction_set: str, divergence
         columns[-1] = False
         student, teacher = masked(student, columns), masked(teacher, columns)
         labels = torch.full((4,), size - 1)
-        settings = {"divergence": oracle.DIVERGENCES[divergence], "temperature": 3.7, "reduction": "none"}
+        settings: Settings = {
+            "divergence": oracle.DIVERGENCES[divergence],
+            "temperature": 3.7,
+            "reduction": "none",
+        }
         upstream = torch.tensor([1.0, 2.0, -1.0, 0.5])
         result = calls.by_autograd(student, teacher, labels, upstream, **settings)
         truth = oracle.exact(
@@ -140,7 +154,11 @@ def test_a_bad_row_is_bad_alone(instruction_set: str, value: float, divergence: 
     for size, who in ((5, 0), (5, 1), (4100, 0), (4100, 1)):
         pair = rows_of_logits(size, dtype, "bad")
         labels = torch.tensor([1, 0, 3, 2])
-        settings = {"divergence": oracle.DIVERGENCES[divergence], "temperature": 3.7, "reduction": "none"}
+        settings: Settings = {
+            "divergence": oracle.DIVERGENCES[divergence],
+            "temperature": 3.7,
+            "reduction": "none",
+        }
         settings["upstream"] = torch.ones(4)
         good = calls.by_autograd(*pair, labels, **settings)
         columns = slice(None) if value == -INF else size - 1
@@ -185,7 +203,7 @@ def test_rows_whose_blocks_differ(instruction_set: str, shape_of_row: str, diver
     used = student[0].isfinite()
     place = used.cumsum(0)[labels.clamp(min=0)] - 1  # of the labels among the finite columns
     for temperature in (1.0, 2.0, 3.7):
-        settings = {"divergence": oracle.DIVERGENCES[divergence], "temperature": temperature}
+        settings: Settings = {"divergence": oracle.DIVERGENCES[divergence], "temperature": temperature}
         truth = oracle.exact(student[:, used], teacher[:, used], torch.where(labels < 0, labels, place), **settings)
         result = calls.by_backend(student, teacher, labels, **settings)
         oracle.check_values(result.values, truth, shape_of_row)
@@ -200,7 +218,11 @@ def test_finite_masks_are_as_good_as_infinite_ones(instruction_set: str, diverge
     for size in SIZES:
         student, teacher = rows_of_logits(size, dtype, "finite masks")
         columns = every_third(size)
-        settings = {"divergence": oracle.DIVERGENCES[divergence], "temperature": 0.5, "reduction": "sum"}
+        settings: Settings = {
+            "divergence": oracle.DIVERGENCES[divergence],
+            "temperature": 0.5,
+            "reduction": "sum",
+        }
         expected = calls.by_backend(masked(student, columns), masked(teacher, columns), **settings)
         lowest = torch.finfo(dtype).min
         for fill in (lowest, max(-1e30, lowest)):
@@ -230,12 +252,35 @@ def test_huge_logits(instruction_set: str, divergence: str, size: float) -> None
 def test_huge_logits_reverse_kl(instruction_set: str) -> None:
     """The gradient is q (r - D) with r and D in the thousands, so the error is a part of D."""
     student, teacher = (1e3 * x for x in rows_of_logits(3000, torch.float32, "huge"))
-    settings = {"divergence": "reverse_kl", "t_squared": False, "reduction": "none"}
+    settings: Settings = {"divergence": "reverse_kl", "t_squared": False, "reduction": "none"}
     truth = oracle.exact(student, teacher, upstream=torch.ones(4), **settings)
     result = calls.by_backend(student, teacher, **settings)
     oracle.check_values(result.values, truth, "huge")
     assert (truth.values["loss"] > 1000).all(), "the logits are not huge"
     assert ((result.grad.double() - truth.grad).norm(dim=-1) <= 1e-6 * truth.values["loss"]).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.05, 50.0, 1e6, 1e15])
+@pytest.mark.parametrize("divergence", oracle.DIVERGENCES)
+def test_extreme_temperatures(instruction_set: str, divergence: str, temperature: float) -> None:
+    """From one-hot distributions to uniform ones; T^2 keeps the loss in a float's range."""
+    student, teacher = rows_of_logits(3000, torch.float32, "temperature")
+    labels = torch.tensor([5, 2999, -100, 2048])
+    calls.check(student, teacher, labels, divergence=oracle.DIVERGENCES[divergence], temperature=temperature)
+
+
+def test_label_smoothing_with_a_masked_vocabulary(instruction_set: str) -> None:
+    """The uniform part of the target asks for what the model has excluded: inf, and q - target for a gradient."""
+    logits, _ = rows_of_logits(3000, torch.float32, "smoothing")
+    logits[:, 2100:2200] = -INF
+    labels = torch.tensor([5, 2999, -100, 2048])
+    result = calls.by_backend(logits, None, labels, soft_weight=0.0, label_smoothing=0.1, reduction="sum")
+    assert result.values["loss"] == INF
+    target = torch.full((4, 3000), 0.1 / 3000, dtype=torch.float64)
+    target[torch.arange(4), labels.clamp(min=0)] += 0.9
+    expected = (logits.double().softmax(-1) - target) * (labels >= 0).unsqueeze(-1)
+    error = (result.grad.double() - expected).norm(dim=-1)
+    assert (error <= 3e-6 * expected.norm(dim=-1)).all()
 
 
 def test_subnormal_logits_and_probabilities_count_as_zero(instruction_set: str) -> None:

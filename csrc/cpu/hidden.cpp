@@ -1,5 +1,6 @@
 // hidden.cpp: the cosine loss over rows of hidden states, value and gradient from one reading of memory.
 // Conducts sweeps of one row each; knows no instruction set. Next: hidden.h; docs/math.md for the formulae.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -24,17 +25,27 @@ Fault cosine_rows(const CosineLoss& c) {
   auto share = [&](int64_t row) { return scale == 0.0 ? 0.0 : mask[row] * scale; };
   auto upstream = [&](int64_t row) { return c.upstream ? static_cast<const Real*>(c.upstream)[row] : 1.0; };
 
-  double unit = 1.0;
-  if (c.grad.data && c.grad.dtype == DType::f16 && !c.upstream) {
-    double largest = 0.0;
-    for (int64_t row = 0; row < rows; ++row) largest = std::fmax(largest, std::fabs(share(row) * c.weight));
-    unit = unit_of(largest);
-  }
-  if (c.unit) *c.unit = unit;
-
   const auto& sweeps = table<Real>().hidden;
   const int s = index(c.student.dtype), t = index(c.teacher.dtype);
   std::unique_ptr<double[]> values(new double[rows]);
+
+  // An fp16 gradient's size is that of weight / |student|: the norms are needed before the first of them is stored.
+  double unit = 1.0;
+  if (rows > 0 && c.grad.data && c.grad.dtype == DType::f16 && !c.upstream) {
+    for_rows(rows, c.cols, 64, [&](int64_t row, auto team, std::byte*) {
+      team.each(1, [&](int64_t) {
+        values[row] = std::fabs(share(row) * c.weight);
+        if (values[row] == 0.0) return;
+        const char* student = row_at(c.student, row, c.inner);
+        double ss, same;
+        sweeps.square_sums[s][s](student, student, c.cols, &ss, &same);
+        values[row] /= std::sqrt(ss + eps);
+      });
+    });
+    unit = unit_of(*std::max_element(values.get(), values.get() + rows));
+  }
+  if (c.unit) *c.unit = unit;
+
   for_rows(rows, c.cols, 64, [&](int64_t row, auto team, std::byte*) {
     team.each(1, [&](int64_t) {
       char* out = c.grad.data ? row_at(c.grad, row, c.inner) : nullptr;

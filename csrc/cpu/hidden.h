@@ -9,19 +9,23 @@ void square_sums(const void* student, const void* teacher, int64_t n, double* ss
   const S* s = static_cast<const S*>(student);
   const T* t = static_cast<const T*>(teacher);
   constexpr int64_t w = V::width;
-  V s0(0), s1(0), t0(0), t1(0);
-  int64_t j = 0;
-  for (; j + 2 * w <= n; j += 2 * w) {
-    V a = load(s + j), b = load(s + j + w), c = load(t + j), d = load(t + j + w);
-    s0 = fma(a, a, s0), s1 = fma(b, b, s1), t0 = fma(c, c, t0), t1 = fma(d, d, t1);
-  }
-  for (; j < n; j += w) {
+  Total<V> s0, s1, t0, t1;
+  const int64_t pairs = n - n % (2 * w);
+  in_runs(
+      pairs, 2 * w,
+      [&](int64_t j) {
+        V a = load(s + j), b = load(s + j + w), c = load(t + j), d = load(t + j + w);
+        s0.part = fma(a, a, s0.part), s1.part = fma(b, b, s1.part);
+        t0.part = fma(c, c, t0.part), t1.part = fma(d, d, t1.part);
+      },
+      [&] { s0.settle(), s1.settle(), t0.settle(), t1.settle(); });
+  for (int64_t j = pairs; j < n; j += w) {
     const int64_t k = n - j < w ? n - j : w;
     V a = load(s + j, k, 0.0), c = load(t + j, k, 0.0);
-    s0 = fma(a, a, s0), t0 = fma(c, c, t0);
+    s0.part = fma(a, a, s0.part), t0.part = fma(c, c, t0.part);
   }
-  *ss = sum(s0 + s1);
-  *tt = sum(t0 + t1);
+  *ss = s0.value() + s1.value();
+  *tt = t0.value() + t1.value();
 }
 
 // e = v - u with one rounding: the product that would round s / |s| is corrected by its own error.
@@ -39,23 +43,26 @@ void distance(const void* student, const void* teacher, int64_t n, double invers
   const T* t = static_cast<const T*>(teacher);
   const V is(inverse_s), it(inverse_t);
   constexpr int64_t w = V::width;
-  V square0(0), square1(0), along0(0), along1(0);
-  auto step = [&](V sj, V tj, V& square, V& along) {
+  Total<V> square0, square1, along0, along1;
+  auto step = [&](V sj, V tj, Total<V>& square, Total<V>& along) {
     V e = apart(sj, is, tj, it);
-    square = fma(e, e, square);
-    along = fma(sj * is, e, along);
+    square.part = fma(e, e, square.part);
+    along.part = fma(sj * is, e, along.part);
   };
-  int64_t j = 0;
-  for (; j + 2 * w <= n; j += 2 * w) {
-    step(load(s + j), load(t + j), square0, along0);
-    step(load(s + j + w), load(t + j + w), square1, along1);
-  }
-  for (; j < n; j += w) {
+  const int64_t pairs = n - n % (2 * w);
+  in_runs(
+      pairs, 2 * w,
+      [&](int64_t j) {
+        step(load(s + j), load(t + j), square0, along0);
+        step(load(s + j + w), load(t + j + w), square1, along1);
+      },
+      [&] { square0.settle(), square1.settle(), along0.settle(), along1.settle(); });
+  for (int64_t j = pairs; j < n; j += w) {
     const int64_t k = n - j < w ? n - j : w;
     step(load(s + j, k, 0.0), load(t + j, k, 0.0), square0, along0);
   }
-  *e_square = sum(square0 + square1);
-  *u_e = sum(along0 + along1);
+  *e_square = square0.value() + square1.value();
+  *u_e = along0.value() + along1.value();
 }
 
 // grad = of_e e + of_u u. May be the student's own row.

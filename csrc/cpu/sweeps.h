@@ -21,12 +21,12 @@ struct Total {
   }
 };
 
-// step(j) for each whole vector of columns, and settle() after every 32 of them.
-template <class V, class Step, class Settle>
-inline void in_runs(int64_t whole, Step step, Settle settle) {
-  for (int64_t from = 0; from < whole; from += 32 * V::width) {
-    const int64_t to = whole - from < 32 * V::width ? whole : from + 32 * V::width;
-    for (int64_t j = from; j < to; j += V::width) step(j);
+// step(j) for each `stride` columns of the first `whole`, and settle() after every 32 of them.
+template <class Step, class Settle>
+inline void in_runs(int64_t whole, int64_t stride, Step step, Settle settle) {
+  for (int64_t from = 0; from < whole; from += 32 * stride) {
+    const int64_t to = whole - from < 32 * stride ? whole : from + 32 * stride;
+    for (int64_t j = from; j < to; j += stride) step(j);
     settle();
   }
 }
@@ -81,8 +81,9 @@ void exponentiate(const void* student, const void* teacher, int64_t n, double te
     store(difference + j, difference_of<S, T>(sj, tj, shift));
     ahead.fetch(j);
   };
-  in_runs<V>(
-      whole, [&](int64_t j) { step(j, load(s + j), load(t + j)); }, [&] { z_s.settle(), z_t.settle(), z_h.settle(); });
+  in_runs(
+      whole, V::width, [&](int64_t j) { step(j, load(s + j), load(t + j)); },
+      [&] { z_s.settle(), z_t.settle(), z_h.settle(); });
   if (whole < n) step(whole, load(s + whole, n - whole, none), load(t + whole, n - whole, none));
   block->z_s = z_s.value();
   block->z_t = z_t.value();
@@ -103,7 +104,7 @@ void exponentiate_alone(const void* logits, int64_t n, double temperature, typen
     z.add(e);
     store(es + j, e);
   };
-  in_runs<V>(whole, [&](int64_t j) { step(j, load(s + j)); }, [&] { z.settle(); });
+  in_runs(whole, V::width, [&](int64_t j) { step(j, load(s + j)); }, [&] { z.settle(); });
   if (whole < n) step(whole, load(s + whole, n - whole, -std::numeric_limits<double>::infinity()));
   block->z_s = block->z_h = z.value();
 }
@@ -116,7 +117,7 @@ double exponential_sum(const void* logits, int64_t n, double reference) {
   const V top(reference);
   const int64_t whole = n - n % V::width;
   Total<V> z;
-  in_runs<V>(whole, [&](int64_t j) { z.add(at_one(load(s + j) - top)); }, [&] { z.settle(); });
+  in_runs(whole, V::width, [&](int64_t j) { z.add(at_one(load(s + j) - top)); }, [&] { z.settle(); });
   if (whole < n) z.add(at_one(load(s + whole, n - whole, -std::numeric_limits<double>::infinity()) - top));
   return z.value();
 }

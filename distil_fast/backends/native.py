@@ -43,7 +43,7 @@ def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Any]]:
     shape = given[0].shape
     cols = shape[-1]
     for tensor in given:
-        if tensor.stride(-1) != 1 and cols > 1:
+        if tensor.stride(-1) != 1 and cols > 1 and tensor.numel():
             raise ValueError(
                 f"expected rows that are contiguous in memory, got a tensor of shape {tuple(tensor.shape)} with "
                 f"strides {tensor.stride()}. Call .contiguous() on it, or undo the transposition that made it."
@@ -258,7 +258,8 @@ def softmax_backward(out: Tensor, grad_out: Tensor, temperature: float | Tensor,
     """The logits' gradient from the output and its gradient."""
     temperatures, number = _temperature(temperature, real_dtype(out))
     grad = empty_like_rows(out)
-    shape, (out_m, grad_out_m, grad_m) = geometry(out, grad_out.contiguous(), grad)
+    grad_out = grad_out.contiguous()  # upstream gradients come with any strides
+    shape, (out_m, grad_out_m, grad_m) = geometry(out, grad_out, grad)
     _C.softmax_backward(shape, out_m, grad_out_m, grad_m, logarithm, _address(temperatures), number)
     return grad
 

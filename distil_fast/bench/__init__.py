@@ -65,7 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png:
         from distil_fast.bench import plot
 
-        plot.save(found, arguments.png)
+        try:
+            plot.save(found, arguments.png)
+        except ValueError as error:
+            raise SystemExit(f"bench: no {arguments.png}: {error}.") from None
     return int(any(row.is_our_fault for row in found.rows))
 
 

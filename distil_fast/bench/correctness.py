@@ -14,9 +14,9 @@ from torch import Tensor
 
 from distil_fast.bench.problems import Exact, Outcome
 
-# dtype: relative error of the loss, and of the array in the rows where the models differ. 16-bit eager torch, which
-# rounds probabilities and log-probabilities on the way, has 2e-3 in both.
-TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2), torch.float16: (1e-2, 1e-2)}
+# dtype: relative error of the loss, and of the array in the rows where the models differ. bf16 eager torch, which
+# rounds probabilities, log-probabilities and the loss on the way, reaches half of them.
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (3e-2, 1e-2), torch.float16: (3e-2, 1e-2)}
 
 
 class Errors(NamedTuple):

@@ -59,7 +59,7 @@ def header(results: Results) -> list[str]:
     medians = f"; medians over {results.processes} processes" if results.processes > 1 else ""
     lines = [
         f"{results.command}  ({results.date}, {results.seconds:.0f} s, commit {machine['commit']})",
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, {machine['memory_gib']} GiB; "
+        f"{machine['cpu']}, threads: {machine['threads']}, {machine['instruction_set']}, {machine['memory_gib']} GiB; "
         f"Python {machine['python']}, torch {machine['torch']}{medians}",
         f"floors from a copy of memory in the same rounds ({results.copy_method}): {slowest:.1f} to {fastest:.1f} "
         "GB/s, read and written",

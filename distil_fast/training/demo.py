@@ -53,6 +53,29 @@ class Text(NamedTuple):
     counts: dict[str, int]  # of documents, sequences and tokens, for the reader
 
 
+class Session(NamedTuple):
+    """What the steps of one run share."""
+
+    config: DemoConfig
+    head: HeadConfig
+    training: TrainingConfig
+    precision: str
+    teacher: Teacher
+    text: Text
+    console: Console
+
+    def masking(self, masking: MaskingConfig) -> DynamicMasking:
+        tokenizer = self.teacher.tokenizer
+        frequencies = token_counts(self.text.training, self.teacher.model.config.vocab_size)
+        ids = tokenizer.all_special_ids, tokenizer.mask_token_id
+        return DynamicMasking(frequencies, *ids, masking, self.config.seed)
+
+    def training_stream(self, masking: MaskingConfig, batch_size: int) -> Iterator[MaskedBatch]:
+        order = torch.Generator().manual_seed(self.config.seed)
+        stream = endless_batches(self.text.training, batch_size, self.teacher.tokenizer.pad_token_id, order)
+        return map(self.masking(masking), stream)
+
+
 def run(config: DemoConfig, console: Console) -> report.Results:
     """Do all of it, and print it on `console`.
 
@@ -67,60 +90,44 @@ def run(config: DemoConfig, console: Console) -> report.Results:
     transformers.logging.disable_progress_bar()
     _make_writable(config.output, "--output")
     torch.manual_seed(config.seed)
-    precision = resolve_precision(config.precision)
-    head, training = config.head or short_head_fit(precision), config.training or short_training(precision)
     seconds: dict[str, float] = {}
-
-    with _timed(seconds, "text"), console.status("Reading the text"):
-        teacher = load_teacher(config.teacher)
-        text = _read_text(config, teacher.tokenizer)
-    counts = text.counts
-    console.print(
-        f"Text: {counts['training_tokens']:,} tokens to train on, {counts['held_out_tokens']:,} held out "
-        f"({config.text or 'documentation of installed packages'})."
+    with _timed(seconds, "total"):
+        with _timed(seconds, "text"), console.status("Reading the text"):
+            session = _prepare(config, console)
+        with _timed(seconds, "head"):
+            if not session.teacher.has_head:
+                _give_head(session)
+        untrained = student_from_teacher(session.teacher.model)
+        untrained.set_attn_implementation("eager")  # as the teacher's
+        with _timed(seconds, "distillation"):
+            distilled, history = _distil(session, untrained)
+        _save(distilled, session.teacher.tokenizer, config.output / "student")
+        report.plot_losses(history, config.output / "losses.png")
+        with _timed(seconds, "evaluation"), console.status("Evaluating"):
+            models = _compare(session, untrained, distilled)
+            loss_speeds, step_speeds = _speeds(session, untrained)
+    results = report.Results(
+        environment=_environment(),
+        configuration=_configuration(session),
+        text=session.text.counts,
+        models=models,
+        loss_tokens_per_second=loss_speeds,
+        step_tokens_per_second=step_speeds,
+        seconds=seconds,
     )
-    with _timed(seconds, "head"):
-        if not teacher.has_head:
-            _give_head(config, head, teacher, text, precision, console)
-    untrained = student_from_teacher(teacher.model)
-    untrained.set_attn_implementation("eager")  # as the teacher's
-    student = copy.deepcopy(untrained)
-    with _timed(seconds, "distillation"):
-        layers = evenly_spaced_layers(teacher.model.config.num_hidden_layers)
-        console.print(f"Student: {len(layers)} layers, from layers {layers} of {teacher.name}; {precision}.")
-        stream = _masked_stream(config, teacher, text, training.masking, training.micro_batch_size)
-        trainer = Trainer(student, teacher.model, training, precision)
-        with report.progress(console, "Distilling", training.steps) as advance:
-            history = trainer.fit(stream, advance)
-    _save(student, teacher.tokenizer, config.output / "student")
-    report.plot_losses(history, config.output / "losses.png")
-
-    with _timed(seconds, "evaluation"), console.status("Evaluating"):
-        models = _compare(config, teacher, text, untrained, student)
-        micro_batches = [next(stream) for _ in range(training.accumulation_steps)]
-        arguments = (untrained, teacher.model, micro_batches, training, precision)
-        results = report.Results(
-            environment=_environment(),
-            configuration=_configuration(config, head, training, teacher, precision),
-            text=counts,
-            models=models,
-            loss_tokens_per_second=throughput.loss_throughput(*arguments),
-            step_tokens_per_second=throughput.step_throughput(*arguments),
-            seconds=seconds,
-        )
     report.write_results(results, config.output / "results.json")
     console.print(report.quality_table(results), report.throughput_table(results))
-    console.print(f"{sum(seconds.values()):.0f} s in all. Student, results.json and losses.png are in {config.output}.")
+    console.print(f"{seconds['total']:.0f} s. Student, results.json and losses.png are in {config.output}.")
     return results
 
 
-def _make_writable(folder: Path, option: str) -> None:
+def _make_writable(folder: Path, what: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{option}: the folder {folder} cannot be made: {error.strerror}.") from error
+        raise InputError(f"{what}: the folder {folder} cannot be made: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{option}: the folder {folder} is not writable.")
+        raise InputError(f"{what}: the folder {folder} is not writable.")
 
 
 @contextmanager
@@ -130,49 +137,60 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - start
 
 
-def _read_text(config: DemoConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
+def _prepare(config: DemoConfig, console: Console) -> Session:
+    precision = resolve_precision(config.precision)
+    teacher = load_teacher(config.teacher)
+    length = min(config.sequence_length, teacher.model.config.max_position_embeddings)
     documents = documents_from_file(config.text) if config.text else documents_from_installed_packages()
     parts = dict(zip(("training", "held_out"), split_documents(documents), strict=True))
-    sequences = {name: pack(part, tokenizer, config.sequence_length) for name, part in parts.items()}
+    sequences = {name: pack(part, teacher.tokenizer, length) for name, part in parts.items()}
     counts = {f"{name}_documents": len(part) for name, part in parts.items()}
     counts |= {f"{name}_sequences": len(packed) for name, packed in sequences.items()}
     counts |= {f"{name}_tokens": sum(map(len, packed)) for name, packed in sequences.items()}
-    return Text(**sequences, counts=counts)
+    source = config.text or "documentation of installed packages"
+    console.print(
+        f"Text: {source}; {counts['training_tokens']:,} tokens to train on, {counts['held_out_tokens']:,} held out."
+    )
+    return Session(
+        config=config,
+        head=config.head or short_head_fit(precision),
+        training=config.training or short_training(precision),
+        precision=precision,
+        teacher=teacher,
+        text=Text(**sequences, counts=counts),
+        console=console,
+    )
 
 
-def _masking(config: DemoConfig, teacher: Teacher, text: Text, masking: MaskingConfig) -> DynamicMasking:
-    tokenizer = teacher.tokenizer
-    frequencies = token_counts(text.training, teacher.model.config.vocab_size)
-    return DynamicMasking(frequencies, tokenizer.all_special_ids, tokenizer.mask_token_id, masking, config.seed)
-
-
-def _masked_stream(
-    config: DemoConfig, teacher: Teacher, text: Text, masking: MaskingConfig, batch_size: int
-) -> Iterator[MaskedBatch]:
-    order = torch.Generator().manual_seed(config.seed)
-    stream = endless_batches(text.training, batch_size, teacher.tokenizer.pad_token_id, order)
-    return map(_masking(config, teacher, text, masking), stream)
-
-
-def _give_head(
-    config: DemoConfig, head: HeadConfig, teacher: Teacher, text: Text, precision: str, console: Console
-) -> None:
+def _give_head(session: Session) -> None:
+    config, teacher = session.config, session.teacher
     cache = config.cache or cache_folder()
     _make_writable(cache, "the cache")
-    settings = (head, config.seed, precision)
-    path = cache / f"{cache_key(teacher.model, text.training, settings)}.safetensors"
+    settings = (session.head, config.seed, session.precision)
+    path = cache / f"{cache_key(teacher.model, session.text.training, settings)}.safetensors"
     if load_fitted(teacher.model, path):
-        console.print(f"Teacher: {teacher.name}; its masked-LM head was fitted before ({path}).")
+        session.console.print(f"Teacher: {teacher.name}; its masked-LM head was fitted before ({path}).")
     else:
-        console.print(
+        session.console.print(
             f"Teacher: {teacher.name} is an encoder without a masked-LM head. One is fitted on the text now, encoder "
             "and all, and kept for the next time."
         )
-        stream = _masked_stream(config, teacher, text, head.masking, head.batch_size)
-        with report.progress(console, "Fitting the head", head.steps) as advance:
-            fit_head(teacher.model, stream, head, precision, advance)
+        stream = session.training_stream(session.head.masking, session.head.batch_size)
+        with report.progress(session.console, "Fitting the head", session.head.steps) as advance:
+            fit_head(teacher.model, stream, session.head, session.precision, advance)
         save_fitted(teacher.model, path)
     _save(teacher.model, teacher.tokenizer, config.output / "teacher")
+
+
+def _distil(session: Session, untrained: DistilBertForMaskedLM) -> tuple[DistilBertForMaskedLM, Tensor]:
+    training, teacher = session.training, session.teacher
+    layers = evenly_spaced_layers(teacher.model.config.num_hidden_layers)
+    session.console.print(f"Student: {len(layers)} layers, copied from the teacher's {layers}; {session.precision}.")
+    student = copy.deepcopy(untrained)
+    stream = session.training_stream(training.masking, training.micro_batch_size)
+    with report.progress(session.console, "Distilling", training.steps) as advance:
+        history = Trainer(student, teacher.model, training, session.precision).fit(stream, advance)
+    return student, history
 
 
 def _save(model: MaskedLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -185,14 +203,12 @@ def _save(model: MaskedLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         tokenizer.save_pretrained(scratch)
 
 
-def _compare(
-    config: DemoConfig, teacher: Teacher, text: Text, untrained: MaskedLM, distilled: MaskedLM
-) -> dict[str, report.ModelResults]:
-    masking = _masking(config, teacher, text, EVALUATION_MASKING)
-    masked = [masking(b) for b in batches(text.held_out, EVALUATION_BATCH, teacher.tokenizer.pad_token_id)]
-    models: dict[str, MaskedLM] = {"teacher": teacher.model, "untrained": untrained, "distilled": distilled}
+def _compare(session: Session, untrained: MaskedLM, distilled: MaskedLM) -> dict[str, report.ModelResults]:
+    masking, held_out = session.masking(EVALUATION_MASKING), session.text.held_out
+    masked = [masking(batch) for batch in batches(held_out, EVALUATION_BATCH, session.teacher.tokenizer.pad_token_id)]
+    models: dict[str, MaskedLM] = {"teacher": session.teacher.model, "untrained": untrained, "distilled": distilled}
     predictions = {name: evaluate.predict(model, masked) for name, model in models.items()}
-    longest = max(text.held_out, key=len).unsqueeze(0)
+    longest = max(held_out, key=len).unsqueeze(0)
     latencies = dict(zip(models, evaluate.encoder_latencies(list(models.values()), longest), strict=True))
     return {
         name: report.ModelResults(
@@ -203,6 +219,14 @@ def _compare(
         )
         for name, model in models.items()
     }
+
+
+def _speeds(session: Session, student: MaskedLM) -> tuple[dict[str, float], dict[str, float]]:
+    training = session.training
+    stream = session.training_stream(training.masking, training.micro_batch_size)
+    micro_batches = [next(stream) for _ in range(training.accumulation_steps)]
+    arguments = (student, session.teacher.model, micro_batches, training, session.precision)
+    return throughput.loss_throughput(*arguments), throughput.step_throughput(*arguments)
 
 
 def _environment() -> dict[str, str | int]:
@@ -216,9 +240,8 @@ def _environment() -> dict[str, str | int]:
     }
 
 
-def _configuration(
-    config: DemoConfig, head: HeadConfig, training: TrainingConfig, teacher: Teacher, precision: str
-) -> dict[str, object]:
+def _configuration(session: Session) -> dict[str, object]:
+    config = session.config
     given = asdict(config) | {"text": config.text and str(config.text), "output": str(config.output)}
-    resolved = {"cache": str(config.cache or cache_folder()), "teacher": teacher.name, "precision": precision}
-    return given | resolved | {"head": asdict(head), "training": asdict(training)}
+    used = {"head": asdict(session.head), "training": asdict(session.training), "precision": session.precision}
+    return given | used | {"teacher": session.teacher.name, "cache": str(config.cache or cache_folder())}

@@ -54,8 +54,7 @@ template <class F>
 void sweep(Real low, Real high, F visit) {
   constexpr int64_t count = 1 << 18;
   constexpr Real ratio = sizeof(Real) == 4 ? Real(0.9998) : Real(0.998);
-  for (int64_t i = 0; i <= count; ++i)
-    visit(static_cast<Real>(low + (static_cast<double>(high) - low) * i / count));
+  for (int64_t i = 0; i <= count; ++i) visit(static_cast<Real>(low + (static_cast<double>(high) - low) * i / count));
   for (Real size = high > -low ? high : -low; size > std::numeric_limits<Real>::min(); size *= ratio)
     for (Real x : {size, -size})
       if (x >= low && x <= high) visit(x);
@@ -81,8 +80,8 @@ void check(const char* name, Real low, Real high, F f, Exact exact, Bound bound)
   });
   const bool good = worst.part <= 1.0L;
   failed |= !good;
-  std::printf("%-28s [%11.4g, %9.4g] %9lld  error / bound %6.3Lf  at %.9g -> %.9g%s\n", name, double(low),
-              double(high), static_cast<long long>(tried), worst.part, double(worst.at), double(worst.got),
+  std::printf("%-28s [%11.4g, %9.4g] %9lld  error / bound %6.3Lf  at %.9g -> %.9g%s\n", name, double(low), double(high),
+              static_cast<long long>(tried), worst.part, double(worst.at), double(worst.got),
               good ? "" : "  TOO LARGE");
 }
 
@@ -125,9 +124,7 @@ void exponentials() {
 }
 
 void others() {
-  const auto ulps = [](long double n) {
-    return [n](long double, long double truth) { return n * ulp(truth); };
-  };
+  const auto ulps = [](long double n) { return [n](long double, long double truth) { return n * ulp(truth); }; };
   // relative to expm1(x), which is what the tail is added to
   check(
       "expm1(x) - x", Real(-0.5), Real(0.5), [](V x) { return expm1_tail(x); },
@@ -135,21 +132,16 @@ void others() {
         if (std::fabs(x) < 1e-3L) return x * x * (1 / 2.0L + x * (1 / 6.0L + x * (1 / 24.0L + x / 120.0L)));
         return std::expm1(x) - x;
       },
-      [](long double x, long double) {
-        return (sizeof(Real) == 4 ? 1.7e-7L : 2.3e-16L) * std::fabs(std::expm1(x));
-      });
+      [](long double x, long double) { return (sizeof(Real) == 4 ? 1.7e-7L : 2.3e-16L) * std::fabs(std::expm1(x)); });
   check(
-      "expm1", Real(-0.5), Real(0.5), [](V x) { return expm1(x); },
-      [](long double x) { return std::expm1(x); }, ulps(3));
+      "expm1", Real(-0.5), Real(0.5), [](V x) { return expm1(x); }, [](long double x) { return std::expm1(x); },
+      ulps(3));
   check(
-      "expm1, far", Real(-80), Real(80), [](V x) { return expm1(x); },
-      [](long double x) { return std::expm1(x); },
-      [](long double x, long double truth) {
-        return (6.5L + of_y * std::fabs(x) * 1.4426950408889634L) * ulp(truth);
-      });
+      "expm1, far", Real(-80), Real(80), [](V x) { return expm1(x); }, [](long double x) { return std::expm1(x); },
+      [](long double x, long double truth) { return (6.5L + of_y * std::fabs(x) * 1.4426950408889634L) * ulp(truth); });
   check(
-      "log1p", Real(-0.9999), Real(1), [](V x) { return log1p(x); },
-      [](long double x) { return std::log1p(x); }, ulps(1.5L));
+      "log1p", Real(-0.9999), Real(1), [](V x) { return log1p(x); }, [](long double x) { return std::log1p(x); },
+      ulps(1.5L));
   check(
       "log1p, far", Real(-0.9999), Real(1e30), [](V x) { return log1p(x); },
       [](long double x) { return std::log1p(x); }, ulps(1.5L));

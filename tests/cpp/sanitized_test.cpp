@@ -22,9 +22,7 @@ constexpr int64_t sizes[] = {4, 2, 2, 8};
 int64_t size_of(DType dtype) { return sizes[static_cast<int>(dtype)]; }
 
 uint32_t state = 1;
-double random_number() {
-  return static_cast<int32_t>(state = state * 1664525u + 1013904223u) * (4.0 / 2147483648.0);
-}
+double random_number() { return static_cast<int32_t>(state = state * 1664525u + 1013904223u) * (4.0 / 2147483648.0); }
 
 void put(char* at, DType dtype, double value) {
   const float single = static_cast<float>(value);
@@ -69,8 +67,8 @@ struct Rows {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j)
         if (!is_number(at(i, j), dtype)) {
-          std::printf("%s: not a number in row %ld, column %ld of %ld x %ld\n", what, long(i), long(j),
-                      long(rows), long(cols));
+          std::printf("%s: not a number in row %ld, column %ld of %ld x %ld\n", what, long(i), long(j), long(rows),
+                      long(cols));
           std::exit(1);
         }
   }
@@ -140,14 +138,12 @@ void row_losses(const Shape& s, DType student_dtype, DType teacher_dtype, int va
 
 template <class Real>
 void softmaxes(const Shape& s, DType dtype, bool logarithm) {
-  Rows logits(s.rows(), s.cols, s.gap, dtype), out(s.rows(), s.cols, 0, dtype),
-      up(s.rows(), s.cols, 1, dtype), grad(s.rows(), s.cols, 3, dtype);
+  Rows logits(s.rows(), s.cols, s.gap, dtype), out(s.rows(), s.cols, 0, dtype), up(s.rows(), s.cols, 1, dtype),
+      grad(s.rows(), s.cols, 3, dtype);
   auto temperatures = numbers<Real>(s.rows(), 1.7);
-  Softmax call{s.outer,   s.inner, s.cols, logits.matrix(s.inner), out.matrix(s.inner),
-               logarithm, nullptr, 2.0};
-  SoftmaxBackward back{
-      s.outer,   s.inner, s.cols, out.matrix(s.inner), up.matrix(s.inner), grad.matrix(s.inner),
-      logarithm, nullptr, 2.0};
+  Softmax call{s.outer, s.inner, s.cols, logits.matrix(s.inner), out.matrix(s.inner), logarithm, nullptr, 2.0};
+  SoftmaxBackward back{s.outer,   s.inner, s.cols, out.matrix(s.inner), up.matrix(s.inner), grad.matrix(s.inner),
+                       logarithm, nullptr, 2.0};
   if (s.gap) call.temperatures = back.temperatures = temperatures.get();
   expect(softmax_cpu(call).kind == FaultKind::nothing, "softmax: a fault without a reason");
   softmax_backward_cpu(back);

@@ -107,7 +107,7 @@ def test_the_screen_tells_what_happens(first: Run) -> None:
     for words in (
         "an encoder without a masked-LM head",
         "Fitting the head",
-        "from layers [0, 3]",
+        "2 layers, copied from the teacher's [0, 3]",
         "Distilling",
         "top-1 agreement with the teacher",
         "whole training step",
