@@ -150,17 +150,18 @@ void diverge(const typename V::Real* es, const typename V::Real* et, typename V:
   const D divergence{by.parameter, by.centre};
   const Ahead ahead = next;  // a copy, which no store below can alias
   const V to_p(by.to_p), to_q(by.to_q), inverse_t(by.inverse_t), rho(by.rho);
-  V f(0), g(0);
-  for (int64_t j = 0; j < n; j += V::width) {
+  Total<V> f, g;
+  auto step = [&](int64_t j) {
     V r = fms(load(difference + j), inverse_t, rho);
     Terms<V> x = divergence(r, load(et + j) * to_p, load(es + j) * to_q);
-    f = f + x.f;
-    g = g + x.g;
+    f.add(x.f);
+    g.add(x.g);
     store(difference + j, x.g);
     ahead.fetch(j);
-  }
-  *f_sum = sum(f);
-  *g_sum = sum(g);
+  };
+  in_runs(n, V::width, step, [&] { f.settle(), g.settle(); });
+  *f_sum = f.value();
+  *g_sum = g.value();
 }
 
 // out = of_g (g + of_q es) + of_h eh + constant, where eh are the student's exponentials at temperature 1.
