@@ -132,13 +132,13 @@ def check_temperature(temperature: object, values: Tensor) -> float | Tensor:
 
 
 def _as_float(name: str, quantity: object) -> float:
+    if isinstance(quantity, int) and not -(2**1023) < quantity < 2**1023:
+        return math.inf  # float() would overflow
     try:
         if not isinstance(quantity, (str, bytes)):  # which float() would parse
             return float(quantity)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         pass
-    except OverflowError:
-        return math.inf
     raise TypeError(f"{name}: expected a number or a tensor, got {type(quantity).__name__}.")
 
 
