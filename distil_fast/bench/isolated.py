@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5), clear_refs
+M_MMAP_THRESHOLD, MAPPED = -3, 1 << 20  # malloc.h: larger blocks leave the process as soon as they are freed
 USED_BEFORE = 1.5  # times the memory that first calls take
 
 
@@ -47,6 +48,11 @@ def peak_extra_bytes(case: Case, names: tuple[str, ...]) -> dict[str, int]:
     """
     if not CLEAR_REFS.exists():
         return {}
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(
+            M_MMAP_THRESHOLD, MAPPED
+        )  # by default it keeps some of what is freed, depending on what came before
     problem = problems.make(case)
     return {name: _peak_extra(name, case, problem) for name in names}
 
@@ -60,18 +66,10 @@ def _peak_extra(name: str, case: Case, problem: problems.Problem) -> int:
     else:
         _call_once_small(name, case)
     contender.prepare()
-    _give_back_freed()
     CLEAR_REFS.write_text(RESET_PEAK)
     before = _peak()
     contender.call()
     return _peak() - before
-
-
-def _give_back_freed() -> None:
-    """Makes the C library return what it holds for later: memory that is used again would not show."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def _peak() -> int:

@@ -107,10 +107,9 @@ def _with_isolated(found: Results, chosen: Sequence[Case], note: Note) -> list[R
         own = [row for row in found.rows if row.case == case.name]
         if case.calls == 1:
             note(f"peak memory of {case.name}")
-            names = tuple(
-                name for name in ("ours", *case.contenders) if any(r.contender == name and r.timing for r in own)
-            )
-            peaks = isolated.fresh(isolated.peak_extra_bytes, case, tuple(dict.fromkeys(names)))
+            names = [row.contender for row in own if row.timing and row.contender not in cases.INSTRUCTION_SETS]
+            names.sort(key=lambda name: name != "ours")
+            peaks = isolated.fresh(isolated.peak_extra_bytes, case, tuple(names))
             own = [replace(row, peak_extra_bytes=peaks.get(row.contender)) for row in own]
         rows += own
         ours = next((row for row in own if row.contender == "ours" and row.timing), None)
