@@ -6,6 +6,7 @@ Next: test_softmax.py and test_cosine.py, the other kernels.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -186,6 +187,7 @@ def test_what_no_term_uses_reaches_nothing(instruction_set: str, reduction: str,
 def test_gradients_that_live_together_share_no_memory() -> None:
     """Large gradients come from a pool: two steps' are apart, and a block that returns brings nothing with it."""
     rows = WORTH_KEEPING // (4 * 30522) + 1
+    gc.collect()  # what earlier tests left in cycles must not return to the pool in between
     student, teacher = (torch.randn(rows, 30522, generator=oracle.generator(i)) for i in range(2))
     labels = torch.arange(rows)
     first = calls.by_autograd(student, teacher, labels).grad

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -45,6 +46,7 @@ void* acquire_buffer(size_t bytes) {
   std::lock_guard<std::mutex> lock(p.mutex);
   void* block;
   if (auto found = p.free.lower_bound(size); found != p.free.end()) {
+    found = std::prev(p.free.upper_bound(found->first));  // of that size, the one whose memory was used last
     block = found->second;
     p.in_use[block] = found->first;
     p.free.erase(found);

@@ -40,6 +40,7 @@ def save(results: Results, path: Path) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.12)
+    axes.set_xlim(left=0.5 * min(bars["ours"].floor_ms for _, bars in chosen))
     axes.set_xlabel("milliseconds, logarithmic; shorter is better")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
