@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distil_fast.backends import native
+from distil_fast.backends.layout import real_dtype
 
 Scalar = float | Tensor
 
@@ -95,7 +96,7 @@ def _softmax_backward(
 
 def _fake_terms(values: Tensor, reduction: str, terms: int) -> tuple[Tensor, ...]:
     shape = values.shape[:-1] if reduction == "none" else ()
-    return tuple(values.new_empty(shape, dtype=native.real_dtype(values)) for _ in range(terms))
+    return tuple(values.new_empty(shape, dtype=real_dtype(values)) for _ in range(terms))
 
 
 def _fake_row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:

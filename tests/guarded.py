@@ -14,7 +14,7 @@ from torch import Tensor
 
 import distil_fast
 from distil_fast import _C
-from distil_fast.backends import native
+from distil_fast.backends.layout import real_dtype
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
@@ -69,9 +69,7 @@ def edges() -> None:
     for (s_dtype, t_dtype), cols, at_end in itertools.product(mixes, (1, 7, 15, 16, 33, 2049), (True, False)):
         student, teacher = (guarded(torch.randn(2, cols, dtype=d), at_end) for d in (s_dtype, t_dtype))
         labels = guarded(torch.tensor([0, cols - 1]), at_end)
-        mask, temperature = (
-            guarded(torch.tensor([1.0, 0.5], dtype=native.real_dtype(student)), at_end) for _ in range(2)
-        )
+        mask, temperature = (guarded(torch.tensor([1.0, 0.5], dtype=real_dtype(student)), at_end) for _ in range(2))
         for kind in (temperature, 2.0, 1.0):
             x = student.clone().requires_grad_()
             distil_fast.distillation_loss(

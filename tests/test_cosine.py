@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import distil_fast
 from distil_fast import reference
 from distil_fast.backends import native
+from distil_fast.backends.layout import real_dtype
 from tests import oracle
 
 SIZES = [1, 2, 7, 16, 33, 384, 768, 4099]
@@ -67,7 +68,7 @@ def test_values_and_gradients(instruction_set: str, mix: tuple[torch.dtype, torc
         student, teacher = (x.to(d) for x, d in zip(hidden_pair(size), mix, strict=True))
         loss, grad, unit = stored(student, teacher)
         value, gradient = exact(student, teacher)
-        assert loss.dtype == native.real_dtype(student)
+        assert loss.dtype == real_dtype(student)
         check_value(loss, value, f"{size}")
         check_gradient(grad, gradient, f"{size}", unit)
 

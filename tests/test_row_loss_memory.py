@@ -20,6 +20,7 @@ from torch import Tensor
 import distil_fast
 from distil_fast.backends import native
 from distil_fast.backends.buffers import WORTH_KEEPING
+from distil_fast.backends.layout import real_dtype
 from tests import calls, oracle
 
 HERE = Path(__file__).parent
@@ -172,7 +173,7 @@ def test_what_no_term_uses_reaches_nothing(instruction_set: str, reduction: str,
     for dtype in DTYPES:
         student, teacher = (torch.randn(5, 300, generator=g).to(dtype) for _ in range(2))
         labels = torch.tensor([1, -100, 2, -100, 299])
-        mask = torch.tensor([1.0, 0.5, 0.0, 0.0, 2.0]).to(native.real_dtype(student))
+        mask = torch.tensor([1.0, 0.5, 0.0, 0.0, 2.0]).to(real_dtype(student))
         temperature = torch.tensor([1.0, 2.0, float("nan"), -1.0, 3.7]).to(mask.dtype)  # of unused rows: anything
         settings: dict[str, Any] = {"soft_mask": mask, "temperature": temperature, "reduction": reduction}
         good = calls.by_backend(student, teacher, labels, **settings)
