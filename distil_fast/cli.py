@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from distil_fast import bench
+
 
 class Command(NamedTuple):
     help: str
+    extra: str  # of the package, that brings what the command needs
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
@@ -60,9 +63,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-EXTRAS = {"transformers", "safetensors", "rich", "matplotlib"}  # what the extra `train` brings
+EXTRAS = {"transformers", "safetensors", "rich", "matplotlib"}  # modules that the extras bring
 COMMANDS = {
-    "demo": Command("distil a pretrained BERT into a student of half its depth", _demo_options, _demo),
+    "demo": Command("distil a pretrained BERT into a student of half its depth", "train", _demo_options, _demo),
+    "bench": Command("measure error, time and memory beside PyTorch's", "bench", bench.add_arguments, bench.run),
 }
 
 
@@ -78,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
-        print(f"distil-fast {arguments.command} needs {error.name}: pip install 'distil-fast[train]'", file=sys.stderr)
+        extra = COMMANDS[arguments.command].extra
+        print(
+            f"distil-fast {arguments.command} needs {error.name}: pip install 'distil-fast[{extra}]'", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         return 130

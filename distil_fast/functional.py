@@ -15,17 +15,22 @@ from distil_fast import backends, checks, ops, reference
 from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
 
 
-def _on_kernels(values: Tensor, name: str) -> bool:
-    """Whether the fused kernels serve this call; plain torch does otherwise."""
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
+def _backend(values: Tensor, name: str, backend: str | None) -> str:
+    """The name of who serves this call; "reference" is plain torch, the others are kernels."""
+    chosen = backends.choose(values, backend)
+    if (
+        chosen != "reference"
+        and not torch.compiler.is_compiling()
+        and (
+            torch._C._are_functorch_transforms_active()
+            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
+        )
     ):
         raise NotImplementedError(
             f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
             f"none: leading dimensions are rows. For these use distil_fast.reference.{name}, which is plain torch."
         )
-    return backends.is_native(values.device)
+    return chosen
 
 
 def _count(name: str, count: object, values: Tensor) -> float | Tensor:
@@ -49,6 +54,7 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     inplace: bool = False,
+    backend: str | None = None,
 ) -> LossTerms:
     """Distillation loss; of its terms only `loss` has a gradient, balance them with `soft_weight` and `hard_weight`.
 
@@ -82,6 +88,8 @@ def distillation_loss(
         inplace: write the gradient over `student_logits`, which DESTROYS the logits; saves the gradient's memory. A
             no-op where no gradient is needed, and under torch.compile; an error with reduction "none". A leaf's `.grad`
             then shares its memory.
+        backend: "native", "cuda", "triton" or "reference" (plain torch); None: the one that
+            `distil_fast.backends.serving` names.
 
     Returns:
         LossTerms(loss, soft, hard), float32 (float64 for float64 logits), 0-d or `[...]`. A term without a valid row,
@@ -120,7 +128,8 @@ def distillation_loss(
         _count("soft_count", soft_count, student_logits),
         _count("hard_count", hard_count, student_logits),
     )
-    if not _on_kernels(student_logits, "distillation_loss"):
+    chosen = _backend(student_logits, "distillation_loss", backend)
+    if chosen == "reference":
         return reference.distillation_loss(
             student_logits,
             teacher_logits,
@@ -137,7 +146,7 @@ def distillation_loss(
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
-    settings = (ignore_index, divergence.name, divergence.parameter, t_squared, label_smoothing, reduction)
+    settings = (ignore_index, divergence.name, divergence.parameter, t_squared, label_smoothing, reduction, chosen)
     return LossTerms(*ops.row_loss(student_logits, teacher_logits, labels, soft_mask, scalars, settings, inplace))
 
 
@@ -151,6 +160,7 @@ def divergence_loss(
     count: float | Tensor | None = None,
     t_squared: bool = False,
     reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
     """The soft term of `distillation_loss` alone: sum_r mask_r D(p_r, q_r) / sum_r mask_r.
 
@@ -175,7 +185,8 @@ def divergence_loss(
         _count("count", count, student_logits),
         -1.0,
     )
-    if not _on_kernels(student_logits, "divergence_loss"):
+    chosen = _backend(student_logits, "divergence_loss", backend)
+    if chosen == "reference":
         return reference.divergence_loss(
             student_logits,
             teacher_logits,
@@ -186,7 +197,7 @@ def divergence_loss(
             t_squared=t_squared,
             reduction=reduction,
         )
-    settings = (-100, divergence.name, divergence.parameter, t_squared, 0.0, reduction)
+    settings = (-100, divergence.name, divergence.parameter, t_squared, 0.0, reduction, chosen)
     return ops.row_loss(student_logits, teacher_logits, None, mask, scalars, settings)[0]
 
 
@@ -198,6 +209,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
     """The hard term of `distillation_loss` alone: sum_r -log softmax(logits_r)[label_r] / (number of labels).
 
@@ -216,7 +228,8 @@ def cross_entropy(
     label_smoothing = checks.check_label_smoothing(label_smoothing)
     ignore_index = checks.check_ignore_index(ignore_index)
     scalars = (1.0, 0.0, 1.0, -1.0, _count("count", count, logits))
-    if not _on_kernels(logits, "cross_entropy"):
+    chosen = _backend(logits, "cross_entropy", backend)
+    if chosen == "reference":
         return reference.cross_entropy(
             logits,
             labels,
@@ -225,34 +238,36 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
-    settings = (ignore_index, "forward_kl", 0.0, True, label_smoothing, reduction)
+    settings = (ignore_index, "forward_kl", 0.0, True, label_smoothing, reduction, chosen)
     return ops.row_loss(logits, None, labels, None, scalars, settings)[0]
 
 
-def softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+def softmax(logits: Tensor, temperature: float | Tensor = 1.0, *, backend: str | None = None) -> Tensor:
     """softmax(logits / temperature) over the last dimension, in the logits' dtype, summed in float32.
 
     Args:
         logits: `[..., V]`, as in `distillation_loss`.
         temperature: T > 0, a number or one per row `[...]`; without gradient.
+        backend: as in `distillation_loss`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
-    return _softmax("softmax", logits, temperature)
+    return _softmax("softmax", logits, temperature, backend)
 
 
-def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0, *, backend: str | None = None) -> Tensor:
     """log softmax(logits / temperature) over the last dimension; the arguments and errors of `softmax`."""
-    return _softmax("log_softmax", logits, temperature)
+    return _softmax("log_softmax", logits, temperature, backend)
 
 
-def _softmax(name: str, logits: Tensor, temperature: float | Tensor) -> Tensor:
+def _softmax(name: str, logits: Tensor, temperature: float | Tensor, backend: str | None) -> Tensor:
     checks.check_values("logits", logits)
     temperature = checks.check_temperature(temperature, logits)
-    if not _on_kernels(logits, name):
+    chosen = _backend(logits, name, backend)
+    if chosen == "reference":
         return getattr(reference, name)(logits, temperature)
-    return ops.softmax(logits, temperature, name == "log_softmax")
+    return ops.softmax(logits, temperature, name == "log_softmax", chosen)
 
 
 def cosine_loss(
@@ -261,6 +276,8 @@ def cosine_loss(
     mask: Tensor | None = None,
     count: float | Tensor | None = None,
     reduction: str = "mean",
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """1 - cos(student, teacher) of hidden states, averaged over the masked tokens (Sanh et al. 2019, section 3).
 
@@ -274,6 +291,7 @@ def cosine_loss(
         mask: `[...]`, bool, or non-negative float token weights. None: every row counts 1.
         count: replaces the denominator, with reduction "mean" only.
         reduction: "mean", "sum" or "none".
+        backend: as in `distillation_loss`.
 
     Returns:
         float32 (float64 for float64 input), 0-d or `[...]`. Without a valid row: 0, with zero gradient.
@@ -281,11 +299,17 @@ def cosine_loss(
     Raises:
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
-    return _weighted_cosine(student_hidden, teacher_hidden, mask, 1.0, count, reduction)[0]
+    return _weighted_cosine(student_hidden, teacher_hidden, mask, 1.0, count, reduction, backend)[0]
 
 
 def _weighted_cosine(
-    student_hidden: Tensor, teacher_hidden: Tensor, mask: Any, weight: Any, count: Any, reduction: str
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    mask: Any,
+    weight: Any,
+    count: Any,
+    reduction: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The cosine loss times a weight, and before it."""
     checks.check_values("student_hidden", student_hidden)
@@ -294,10 +318,11 @@ def _weighted_cosine(
     checks.check_mask("mask", mask, student_hidden)
     weight = checks.check_quantity("weight", weight, student_hidden)
     number = _count("count", count, student_hidden)
-    if not _on_kernels(student_hidden, "cosine_loss"):
+    chosen = _backend(student_hidden, "cosine_loss", backend)
+    if chosen == "reference":
         term = reference.cosine_loss(student_hidden, teacher_hidden, mask, count, reduction)
         return weight * term, term.detach()
-    return ops.cosine_loss(student_hidden, teacher_hidden, mask, weight, number, reduction)
+    return ops.cosine_loss(student_hidden, teacher_hidden, mask, weight, number, reduction, chosen)
 
 
 def triple_loss(
@@ -316,6 +341,7 @@ def triple_loss(
     mlm_count: float | Tensor | None = None,
     cos_count: float | Tensor | None = None,
     restrict_ce_to_mask: bool = False,
+    backend: str | None = None,
 ) -> TripleTerms:
     """DistilBERT's loss; of its terms only `loss` has a gradient, balance them with the alphas.
 
@@ -336,6 +362,7 @@ def triple_loss(
         alpha_ce, alpha_mlm, alpha_cos: the terms' weights, numbers or 0-d tensors; 5, 2 and 1.
         ce_count, mlm_count, cos_count: replace |A| (or |M|), |M| and |A|; see `soft_count` of `distillation_loss`.
         restrict_ce_to_mask: ce over the masked tokens only.
+        backend: as in `distillation_loss`.
 
     Returns:
         TripleTerms(loss, ce, mlm, cos), float32 (float64 for float64 input), 0-d.
@@ -348,7 +375,7 @@ def triple_loss(
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}.")
     attention = attention_mask.bool()
-    cos_loss, cos = _weighted_cosine(student_hidden, teacher_hidden, attention, alpha_cos, cos_count, "mean")
+    cos_loss, cos = _weighted_cosine(student_hidden, teacher_hidden, attention, alpha_cos, cos_count, "mean", backend)
     terms = distillation_loss(
         student_logits,
         teacher_logits,
@@ -359,5 +386,6 @@ def triple_loss(
         soft_mask=labels != -100 if restrict_ce_to_mask else attention,
         soft_count=ce_count,
         hard_count=mlm_count,
+        backend=backend,
     )
     return TripleTerms(terms.loss + cos_loss, terms.soft, terms.hard, cos)

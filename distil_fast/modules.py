@@ -39,6 +39,7 @@ class DistillationLoss(_Loss):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         inplace: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -50,6 +51,7 @@ class DistillationLoss(_Loss):
             label_smoothing=label_smoothing,
             reduction=reduction,
             inplace=inplace,
+            backend=backend,
         )
 
     def forward(
@@ -76,8 +78,11 @@ class DivergenceLoss(_Loss):
         temperature: float = 1.0,
         t_squared: bool = False,
         reduction: str = "mean",
+        backend: str | None = None,
     ) -> None:
-        super().__init__(divergence=divergence, temperature=temperature, t_squared=t_squared, reduction=reduction)
+        super().__init__(
+            divergence=divergence, temperature=temperature, t_squared=t_squared, reduction=reduction, backend=backend
+        )
 
     def forward(
         self,
@@ -93,8 +98,17 @@ class DivergenceLoss(_Loss):
 class CrossEntropyLoss(_Loss):
     """`distil_fast.cross_entropy` as a module."""
 
-    def __init__(self, *, ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
-        super().__init__(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, backend=backend
+        )
 
     def forward(self, logits: Tensor, labels: Tensor, *, count: float | Tensor | None = None) -> Tensor:
         return functional.cross_entropy(logits, labels, count=count, **self.settings)
@@ -103,8 +117,8 @@ class CrossEntropyLoss(_Loss):
 class CosineLoss(_Loss):
     """`distil_fast.cosine_loss` as a module."""
 
-    def __init__(self, *, reduction: str = "mean") -> None:
-        super().__init__(reduction=reduction)
+    def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
+        super().__init__(reduction=reduction, backend=backend)
 
     def forward(
         self,
@@ -127,6 +141,7 @@ class TripleLoss(_Loss):
         alpha_mlm: float = 2.0,
         alpha_cos: float = 1.0,
         restrict_ce_to_mask: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -134,6 +149,7 @@ class TripleLoss(_Loss):
             alpha_mlm=alpha_mlm,
             alpha_cos=alpha_cos,
             restrict_ce_to_mask=restrict_ce_to_mask,
+            backend=backend,
         )
 
     def forward(

@@ -1,8 +1,8 @@
 """The ops as torch sees them: schemas, fakes, and the autograd functions that hand gradients over.
 
-Eager calls go straight to the backend; where torch.compile or a dispatch mode looks on, they go through the ops of
-torch.library, which is what can be traced. It knows nothing of argument checks (functional.py) or formulae.
-Next: backends/native.py. docs/design.md says how a gradient reaches autograd, and why so.
+Eager calls go straight to the backend that an argument names; where torch.compile or a dispatch mode looks on, they go
+through the ops of torch.library, which is what can be traced. It knows nothing of argument checks or of the choice of a
+backend (functional.py). Next: backends/native.py. docs/design.md says how a gradient reaches autograd, and why so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_fast.backends import native
+from distil_fast import backends
 from distil_fast.backends.layout import real_dtype
 
 Scalar = float | Tensor
@@ -27,18 +27,20 @@ _SCALARS = (
 )
 _ROW = (
     f"Tensor? teacher, Tensor? labels, Tensor? soft_mask, {_SCALARS}, int ignore_index, str divergence, "
-    "float parameter, bool t_squared, float label_smoothing, str reduction"
+    "float parameter, bool t_squared, float label_smoothing, str reduction, str backend"
 )
-_COSINE = "Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, float[] numbers, str reduction"
+_TAIL = "float[] numbers, str reduction, str backend"
+_COSINE = f"Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, {_TAIL}"
 
 _lib = torch.library.Library("distil_fast", "DEF")
 _lib.define(f"row_loss(Tensor student, {_ROW}) -> (Tensor, Tensor, Tensor)")
 _lib.define(f"row_loss_backward(Tensor upstream, Tensor student, {_ROW}) -> Tensor")
 _lib.define(f"cosine_loss({_COSINE}) -> (Tensor, Tensor)")
 _lib.define(f"cosine_loss_backward(Tensor upstream, {_COSINE}) -> Tensor")
-_lib.define("softmax(Tensor logits, Tensor? temperature, float number, bool logarithm) -> Tensor")
+_lib.define("softmax(Tensor logits, Tensor? temperature, float number, bool logarithm, str backend) -> Tensor")
 _lib.define(
-    "softmax_backward(Tensor out, Tensor grad_out, Tensor? temperature, float number, bool logarithm) -> Tensor"
+    "softmax_backward(Tensor out, Tensor grad_out, Tensor? temperature, float number, bool logarithm, str backend) "
+    "-> Tensor"
 )
 _ops = torch.ops.distil_fast
 
@@ -52,43 +54,51 @@ def _split(scalars: tuple[Scalar, ...]) -> tuple[list[Tensor | None], list[float
     return tensors, [-1.0 if isinstance(s, Tensor) else s for s in scalars]
 
 
-def _row_native(student: Tensor, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
-    """The row loss by the native core, from a schema's arguments."""
+def _rows(student: Tensor, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
+    """The row loss by its backend, from a schema's arguments."""
     teacher, labels, soft_mask, *tensors = args[:8]
-    return native.row_loss(student, teacher, labels, soft_mask, *_paired(tensors, args[8]), *args[9:], **how)
+    scalars, settings, backend = _paired(tensors, args[8]), args[9:-1], args[-1]
+    return backends.module(backend).row_loss(student, teacher, labels, soft_mask, *scalars, *settings, **how)
 
 
 def _row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _row_native(student, args)[:3]
+    return _rows(student, args)[:3]
 
 
 def _row_loss_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor:
-    grad: Tensor = _row_native(student, args, gradient="fresh", upstream=upstream)[3]
+    grad: Tensor = _rows(student, args, gradient="fresh", upstream=upstream)[3]
     return grad
 
 
+def _cosine(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, args: tuple[Any, ...], **how: Any
+) -> tuple[Any, ...]:
+    *scalars, numbers, reduction, backend = args
+    return backends.module(backend).cosine_loss(student, teacher, mask, *_paired(scalars, numbers), reduction, **how)
+
+
 def _cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    weight, count = _paired(args[:2], args[2])
-    return native.cosine_loss(student, teacher, mask, weight, count, args[3])[:2]
+    return _cosine(student, teacher, mask, args)[:2]
 
 
 def _cosine_loss_backward(
     upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any
 ) -> Tensor:
-    weight, count = _paired(args[:2], args[2])
-    grad = native.cosine_loss(student, teacher, mask, weight, count, args[3], gradient=True, upstream=upstream)[2]
-    assert grad is not None
+    grad: Tensor = _cosine(student, teacher, mask, args, gradient=True, upstream=upstream)[2]
     return grad
 
 
-def _softmax(logits: Tensor, temperature: Tensor | None, number: float, logarithm: bool) -> Tensor:
-    return native.softmax(logits, number if temperature is None else temperature, logarithm)
+def _softmax(logits: Tensor, temperature: Tensor | None, number: float, logarithm: bool, backend: str) -> Tensor:
+    out: Tensor = backends.module(backend).softmax(logits, number if temperature is None else temperature, logarithm)
+    return out
 
 
 def _softmax_backward(
-    out: Tensor, grad_out: Tensor, temperature: Tensor | None, number: float, logarithm: bool
+    out: Tensor, grad_out: Tensor, temperature: Tensor | None, number: float, logarithm: bool, backend: str
 ) -> Tensor:
-    return native.softmax_backward(out, grad_out, number if temperature is None else temperature, logarithm)
+    scalar = number if temperature is None else temperature
+    grad: Tensor = backends.module(backend).softmax_backward(out, grad_out, scalar, logarithm)
+    return grad
 
 
 # ------------------------------------------------------------------------------------------------ fakes
@@ -100,11 +110,11 @@ def _fake_terms(values: Tensor, reduction: str, terms: int) -> tuple[Tensor, ...
 
 
 def _fake_row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _fake_terms(student, args[-1], 3)
+    return _fake_terms(student, args[-2], 3)
 
 
 def _fake_cosine_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _fake_terms(student, args[-1], 2)
+    return _fake_terms(student, args[-2], 2)
 
 
 def _fake_rows_like_second(_: Tensor, values: Tensor, *args: Any) -> Tensor:
@@ -123,7 +133,8 @@ for _name, _implementation, _fake in (
     ("softmax", _softmax, _fake_rows_like_first),
     ("softmax_backward", _softmax_backward, _fake_rows_like_first),
 ):
-    _lib.impl(_name, _implementation, "CPU")
+    for _key in ("CPU", "CUDA"):  # AMD's GPUs are CUDA to torch
+        _lib.impl(_name, _implementation, _key)
     torch.library.register_fake(f"distil_fast::{_name}", _fake, lib=_lib)
 
 
@@ -188,7 +199,10 @@ class _StoredRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, inplace: bool, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        loss, soft, hard, grad, ctx.unit = native.row_loss(student, *args, gradient="inplace" if inplace else "fresh")
+        *rest, backend = args
+        ctx.kernels = backends.module(backend)
+        how = "inplace" if inplace else "fresh"
+        loss, soft, hard, grad, ctx.unit = ctx.kernels.row_loss(student, *rest, gradient=how)
         if inplace:
             torch.autograd.graph.increment_version(student)
             grad = student.detach()
@@ -202,7 +216,7 @@ class _StoredRowLoss(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError(_USED_UP)
-        native.rescale(grad, grads[0], ctx.unit)
+        ctx.kernels.rescale(grad, grads[0], ctx.unit)
         return _final(grad), None, None
 
 
@@ -223,7 +237,7 @@ class _RecomputedRowLoss(torch.autograd.Function):
         student, *tensors = _kept(ctx)
         assert student is not None
         compute = _row_loss_backward if _direct(student) else _ops.row_loss_backward
-        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 15
+        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 16
 
 
 def row_loss(
@@ -238,11 +252,12 @@ def row_loss(
     """Loss and its two terms. scalars: temperature, weights, counts (-1: counted); settings: the schema's tail."""
     direct = _direct(student)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
-    if direct and not (needs_grad and settings[-1] == "none"):
+    if direct and not (needs_grad and settings[-2] == "none"):
         args = (teacher, labels, soft_mask, *scalars, *settings)
         if needs_grad:
             return _StoredRowLoss.apply(student, inplace, args)
-        return native.row_loss(student, *args)[:3]
+        *rest, backend = args
+        return backends.module(backend).row_loss(student, *rest)[:3]
     tensors, numbers = _split(scalars)
     args = (teacher, labels, soft_mask, *tensors, numbers, *settings)
     if not needs_grad:
@@ -255,7 +270,9 @@ class _StoredCosineLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        loss, term, ctx.grad, ctx.unit = native.cosine_loss(student, *args, gradient=True)
+        *rest, backend = args
+        ctx.kernels = backends.module(backend)
+        loss, term, ctx.grad, ctx.unit = ctx.kernels.cosine_loss(student, *rest, gradient=True)
         ctx.mark_non_differentiable(term)
         ctx.set_materialize_grads(False)
         return loss, term
@@ -265,7 +282,7 @@ class _StoredCosineLoss(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError(_USED_UP)
-        native.rescale(grad, grads[0], ctx.unit)
+        ctx.kernels.rescale(grad, grads[0], ctx.unit)
         return _final(grad), None
 
 
@@ -285,33 +302,33 @@ class _RecomputedCosineLoss(torch.autograd.Function):
         student, *tensors = _kept(ctx)
         assert student is not None
         compute = _cosine_loss_backward if _direct(student) else _ops.cosine_loss_backward
-        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 6
+        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 7
 
 
 def cosine_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Scalar, count: Scalar, reduction: str
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Scalar, count: Scalar, reduction: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss and the term before its weight; count -1: counted."""
     direct = _direct(student)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if direct and not (needs_grad and reduction == "none"):
         if needs_grad:
-            return _StoredCosineLoss.apply(student, (teacher, mask, weight, count, reduction))
-        return native.cosine_loss(student, teacher, mask, weight, count, reduction)[:2]
+            return _StoredCosineLoss.apply(student, (teacher, mask, weight, count, reduction, backend))
+        return backends.module(backend).cosine_loss(student, teacher, mask, weight, count, reduction)[:2]
     tensors, numbers = _split((weight, count))
     if needs_grad:
-        return _RecomputedCosineLoss.apply(student, teacher, mask, *tensors, numbers, reduction)
-    return _ops.cosine_loss(student, teacher, mask, *tensors, numbers, reduction)
+        return _RecomputedCosineLoss.apply(student, teacher, mask, *tensors, numbers, reduction, backend)
+    return _ops.cosine_loss(student, teacher, mask, *tensors, numbers, reduction, backend)
 
 
 class _Softmax(torch.autograd.Function):
     """softmax or log_softmax; backward needs the output alone."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, temperature: Tensor | None, number: float, logarithm: bool) -> Tensor:
-        out = (_softmax if _direct(logits) else _ops.softmax)(logits, temperature, number, logarithm)
+    def forward(ctx: Any, logits: Tensor, temperature: Tensor | None, *settings: Any) -> Tensor:
+        out = (_softmax if _direct(logits) else _ops.softmax)(logits, temperature, *settings)
         _keep(ctx, out, temperature)
-        ctx.settings = number, logarithm
+        ctx.settings = settings
         return out
 
     @staticmethod
@@ -319,12 +336,12 @@ class _Softmax(torch.autograd.Function):
         out, temperature = _kept(ctx)
         assert out is not None
         compute = _softmax_backward if _direct(out) else _ops.softmax_backward
-        return _final(compute(out.detach(), grads[0], temperature, *ctx.settings)), None, None, None
+        return _final(compute(out.detach(), grads[0], temperature, *ctx.settings)), *(None,) * 4
 
 
-def softmax(logits: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
+def softmax(logits: Tensor, temperature: Scalar, logarithm: bool, backend: str) -> Tensor:
     """softmax(logits / temperature), or its logarithm."""
     (tensor,), (number,) = _split((temperature,))
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _Softmax.apply(logits, tensor, number, logarithm)
-    return (_softmax if _direct(logits) else _ops.softmax)(logits, tensor, number, logarithm)
+        return _Softmax.apply(logits, tensor, number, logarithm, backend)
+    return (_softmax if _direct(logits) else _ops.softmax)(logits, tensor, number, logarithm, backend)

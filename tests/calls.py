@@ -1,20 +1,32 @@
-"""Calls of the kernels under test, in two ways: as a user does, and by the backend, where the fp16 unit is visible.
+"""Calls of the kernels under test, in two ways: as a user does, and by a backend, where the fp16 unit is visible.
 
-Knows arguments and defaults; what is right is oracle.py's affair. Next: oracle.py.
+Knows arguments and defaults, and where the kernels run: with DISTIL_FAST_TEST_DEVICE=cuda the same tests measure a GPU,
+tensors moved there as they lie in memory. What is right is oracle.py's affair. Next: oracle.py.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import distil_fast
-from distil_fast import LossTerms, reference
-from distil_fast.backends import native
+from distil_fast import LossTerms, backends, reference
 from tests import oracle
+
+DEVICE = torch.device(os.environ.get("DISTIL_FAST_TEST_DEVICE", "cpu"))
+
+
+def there(value: Any) -> Any:
+    """A tensor on the device of the kernels, with its strides and its place in its storage; anything else as it is."""
+    if not isinstance(value, Tensor) or DEVICE.type == "cpu":
+        return value
+    whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())  # type: ignore[call-overload]
+    return whole.to(DEVICE).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,11 @@ def by_autograd(
     **settings: Any,
 ) -> Result:
     """distillation_loss and its backward; the gradient is final."""
-    student = student.detach().requires_grad_()
-    terms = distil_fast.distillation_loss(student, teacher, labels, **settings)
-    (grad,) = torch.autograd.grad(terms.loss, student, upstream)
-    return Result(_values(terms), grad)
+    student = there(student.detach()).requires_grad_()
+    settings = {name: there(value) for name, value in settings.items()}
+    terms = distil_fast.distillation_loss(student, there(teacher), there(labels), **settings)
+    (grad,) = torch.autograd.grad(terms.loss, student, there(upstream))
+    return Result(_values(terms), grad.cpu())
 
 
 def by_backend(
@@ -51,15 +64,19 @@ def by_backend(
     *,
     gradient: str = "fresh",
     upstream: Tensor | None = None,
+    backend: ModuleType | None = None,
     **settings: Any,
 ) -> Result:
-    """The same call of the native core, with the gradient as the kernel stores it."""
+    """The same call of a backend (by default the one that serves), with the gradient as the kernel stores it."""
+    if backend is None:
+        backend = backends.module(backends.serving(DEVICE, student.dtype).name)
+    settings = {name: there(value) for name, value in settings.items()}
     divergence = reference.as_divergence(settings.get("divergence", "forward_kl"))
     hard_weight = settings.get("hard_weight")
-    loss, soft, hard, grad, unit = native.row_loss(
-        student,
-        teacher,
-        labels,
+    loss, soft, hard, grad, unit = backend.row_loss(
+        there(student),
+        there(teacher),
+        there(labels),
         settings.get("soft_mask"),
         settings.get("temperature", 2.0),
         settings.get("soft_weight", 1.0),
@@ -73,14 +90,13 @@ def by_backend(
         settings.get("label_smoothing", 0.0),
         settings.get("reduction", "mean"),
         gradient=gradient,
-        upstream=upstream,
+        upstream=there(upstream),
     )
-    assert grad is not None
-    return Result(_values(LossTerms(loss, soft, hard)), grad, unit)
+    return Result(_values(LossTerms(loss, soft, hard)), grad.cpu(), float(unit))
 
 
 def _values(terms: LossTerms) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in terms._asdict().items()}
+    return {name: value.detach().cpu() for name, value in terms._asdict().items()}
 
 
 def check(

@@ -5,6 +5,8 @@ Other devices are fake tensors: shapes on a device that need not exist. It knows
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -52,7 +54,8 @@ def test_a_device_without_kernels_warns_once_and_works() -> None:
     assert len(messages) == 1
     assert UNSERVED.type in messages[0]
     assert "plain torch" in messages[0]
-    assert "Move the tensors to the CPU" in messages[0]
+    for name in backends.KERNELS:  # and why none of them serves
+        assert f"{name}: " in messages[0]
 
 
 def test_devices_must_agree_wherever_they_are() -> None:
@@ -60,6 +63,69 @@ def test_devices_must_agree_wherever_they_are() -> None:
         student, teacher = torch.empty(3, 11), torch.empty(3, 11, device=UNSERVED)
         with pytest.raises(ValueError, match=rf"device cpu, got {UNSERVED}.*\.to\('cpu'\)"):
             distil_fast.divergence_loss(student, teacher)
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_backend_by_argument(name: str) -> None:
+    """Every public function and every module takes it, and it counts."""
+    batch = make_batch(3, 5)
+    for backend, functions in (("native", distil_fast), ("reference", reference)):
+        expected = run(lambda b, where=functions: CALLS[name](where, b), batch)
+        assert_identical(run(lambda b, by=backend: CALLS[name](_Bound(by), b), batch), expected)
+
+
+class _Bound:
+    """The public functions with their backend named."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(distil_fast, name)
+        return functools.partial(found, backend=self.backend) if inspect.isfunction(found) else found
+
+
+def test_a_backend_that_cannot_serve_is_refused() -> None:
+    student, teacher = torch.randn(2, 3, 7).unbind()
+    with pytest.raises(ValueError, match=r"backend: expected one of native, .*reference, got 'cpu'"):
+        distil_fast.divergence_loss(student, teacher, backend="cpu")
+    with FakeTensorMode():
+        student, teacher = torch.empty(2, 3, 7, device=UNSERVED).unbind()
+        with pytest.raises(ValueError, match=rf"float32 on {UNSERVED}, got 'native': .*Without it 'reference' serves"):
+            distil_fast.divergence_loss(student, teacher, backend="native")
+
+
+@pytest.mark.parametrize("asked", ["reference", "native", "", "triton", "no such thing"])
+def test_the_environment_chooses_the_backend(asked: str) -> None:
+    script = "import distil_fast, torch\nprint(distil_fast.backends.serving('cpu').name)"
+    environment = {**os.environ, "DISTIL_FAST_BACKEND": asked}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if asked in ("reference", "native", ""):
+        assert done.stdout.strip() == (asked or "native")
+    else:
+        assert "ValueError: DISTIL_FAST_BACKEND: expected" in done.stderr
+
+
+def test_torch_compile_takes_the_choice_as_a_constant() -> None:
+    student, teacher = torch.randn(2, 3, 7).unbind()
+    compiled = torch.compile(distil_fast.divergence_loss, fullgraph=True, backend="aot_eager")
+    for backend in ("native", "reference", None):
+        expected = distil_fast.divergence_loss(student, teacher, backend=backend)
+        assert torch.equal(compiled(student, teacher, backend=backend), expected)
+
+
+def test_the_checking_mode() -> None:
+    assert not backends.checking()
+    with backends.checked():
+        assert backends.checking()
+        with backends.checked():
+            pass
+        assert backends.checking()
+    assert not backends.checking()
 
 
 # ------------------------------------------------------------------------------------------------ instruction sets

@@ -45,6 +45,8 @@ SETTINGS: dict[type[nn.Module], dict[str, Any]] = {
     CosineLoss: {"reduction": "none"},
     TripleLoss: {"temperature": 3.0, "alpha_ce": 0.1, "alpha_mlm": 0.2, "alpha_cos": 0.3, "restrict_ce_to_mask": True},
 }
+for _settings in SETTINGS.values():
+    _settings["backend"] = "native"
 
 # tensors and counts that a forward takes beyond its positional arguments
 EXTRAS: dict[type[nn.Module], Callable[[Batch], dict[str, Any]]] = {
@@ -87,7 +89,9 @@ def test_hands_every_setting_over(face: type[nn.Module]) -> None:
     settings = SETTINGS[face]
     actual = run(lambda b: face(**settings)(*arguments(face, b)), labelled())
     assert_identical(actual, run(lambda b: FACES[face](*arguments(face, b), **settings), labelled()))
-    for name in settings.keys() - {"inplace"}:  # each makes a difference
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        face(**{**settings, "backend": "none such"})(*arguments(face, labelled()))
+    for name in settings.keys() - {"inplace", "backend"}:  # each of the others makes a difference
         others = {key: value for key, value in settings.items() if key != name}
         other = run(lambda b, s=others: face(**s)(*arguments(face, b)), labelled())
         assert not torch.equal(other.values[0], actual.values[0]), name

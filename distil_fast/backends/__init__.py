@@ -1,14 +1,25 @@
-"""Which implementation serves a tensor, and why. Next: native.py, the C++ core.
+"""Which implementation serves a tensor, and why: by device and dtype, by what is installed, or as the caller says.
 
-CPU tensors are served by the native core; every other device by distil_fast.reference, in plain torch.
+A backend is a module of this folder with one function for each op; this file knows their names, in the order of
+preference, and imports the one that serves. Next: native.py, the C++ core for CPUs.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+KERNELS = ("native",)  # in the order of preference
+NAMES = (*KERNELS, "reference")
 
 
 class Serving(NamedTuple):
@@ -18,28 +29,98 @@ class Serving(NamedTuple):
     why: str
 
 
-def serving(device: torch.device | str = "cpu") -> Serving:
-    """Who computes the losses of tensors on this device."""
+@functools.cache
+def module(name: str) -> ModuleType:
+    """The implementation of a backend with kernels."""
+    return importlib.import_module(f"distil_fast.backends.{name}")
+
+
+def serving(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, backend: str | None = None
+) -> Serving:
+    """Who computes the losses of tensors on this device, of this dtype, and why.
+
+    Args:
+        device, dtype: of the student's tensor.
+        backend: "native", "cuda", "triton" or "reference"; None: the environment variable DISTIL_FAST_BACKEND, and
+            without it the first that can.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot serve such tensors.
+    """
     device = torch.device(device)
-    if device.type in ("cpu", "meta"):
-        from distil_fast import _C
+    asked, source = (backend, "backend") if backend is not None else (_forced, "DISTIL_FAST_BACKEND")
+    if asked is None:
+        return _automatic(device, dtype)
+    if asked not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {asked!r}.")
+    if asked == "reference":
+        return Serving("reference", f"{source} asks for it")
+    can, why = module(asked).available(device, dtype)
+    if not can:
+        raise ValueError(
+            f"{source}: expected a backend that serves {dtype} on {device}, got {asked!r}: {why}. Without it "
+            f"{_automatic(device, dtype).name!r} serves."
+        )
+    return Serving(asked, f"{source} asks for it; {why}")
 
-        return Serving("native", f"the C++ core, compiled for and running on {_C.instruction_set()}")
-    return Serving(
-        "reference", f"there is no kernel for {device.type} yet: plain torch, slower and with [rows, V] copies"
-    )
+
+def _automatic(device: torch.device, dtype: torch.dtype) -> Serving:
+    reasons = []
+    for name in KERNELS:
+        can, why = module(name).available(device, dtype)
+        if can:
+            return Serving(name, why)
+        reasons.append(f"{name}: {why}")
+    return Serving("reference", f"plain torch, slower and with [rows, V] copies; {'; '.join(reasons)}")
 
 
+_forced = os.environ.get("DISTIL_FAST_BACKEND") or None
 _warned: set[str] = set()
 
 
-def is_native(device: torch.device) -> bool:
-    """Whether the native core serves; warns once per kind of device where it does not."""
-    if device.type in ("cpu", "meta"):
-        return True
-    if device.type not in _warned:
-        _warned.add(device.type)
-        warnings.warn(
-            f"distil_fast: {serving(device).why}. Move the tensors to the CPU for the fused kernels.", stacklevel=4
-        )
-    return False
+def choose(values: Tensor, backend: str | None = None) -> str:
+    """The name of who serves this tensor; warns once per kind of tensor if it is the reference by lack of others.
+
+    Raises:
+        ValueError: as `serving`.
+    """
+    if values.device.type == "cpu" and backend is None and _forced is None:
+        return "native"  # without a look at anything: this is paid in every call
+    return _choose(values.device.type, values.device.index, str(values.dtype).removeprefix("torch."), backend)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(kind: str, index: int | None, dtype: str, backend: str | None) -> str:
+    """`choose` in plain data, so that torch.compile can take the answer as a constant."""
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    name, why = serving(device, getattr(torch, dtype), backend)
+    if name == "reference" and backend is None and _forced is None and f"{kind} {dtype}" not in _warned:
+        _warned.add(f"{kind} {dtype}")
+        warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=4)
+    return name
+
+
+# ------------------------------------------------------------------------------------------------ checking
+
+_checking = os.environ.get("DISTIL_FAST_CHECK", "") not in ("", "0")
+
+
+def checking() -> bool:
+    """Whether GPU backends look at what only the device knows (labels, token weights, temperatures) and raise.
+
+    The CPU always does. On a GPU it costs one synchronisation a call; without it a row with such a fault has nan for
+    its loss and a gradient of 0, and nothing out of bounds is touched.
+    """
+    return _checking
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Turns the checking mode on, for all threads; so does the environment variable DISTIL_FAST_CHECK=1."""
+    global _checking
+    before, _checking = _checking, True
+    try:
+        yield
+    finally:
+        _checking = before

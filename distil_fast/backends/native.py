@@ -46,6 +46,13 @@ def _temperature(temperature: float | Tensor, real: torch.dtype) -> tuple[Tensor
     return None, temperature
 
 
+def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether this backend serves such tensors, and why."""
+    if device.type in ("cpu", "meta"):
+        return True, f"the C++ core, compiled for and running on {_C.instruction_set()}"
+    return False, f"the C++ core serves CPUs, not {device.type}"
+
+
 # ------------------------------------------------------------------------------------------------ the ops
 
 

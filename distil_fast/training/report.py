@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure  # without pyplot, and so without a display
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -60,11 +60,9 @@ def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int
     """A progress bar; the function it yields sets how much is done and a word on how it goes."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[words]}"),
     )
     with Progress(*columns, console=console) as bar:
@@ -82,11 +80,11 @@ def quality_table(results: Results) -> Table:
         table.add_column(name, justify="right")
     table.add_row("parameters", *(f"{m.parameters / 1e6:.2f} M" for m in models))
     table.add_row("size on disk", *(f"{m.weight_bytes / 1e6:.1f} MB" for m in models))
-    table.add_row("encoder latency, batch 1", *(f"{m.latency * 1e3:.2f} ms" for m in models))
-    table.add_row("  times faster than the teacher", *(f"{teacher.latency / m.latency:.2f}" for m in models))
+    table.add_row("latency, batch 1", *(f"{m.latency * 1e3:.2f} ms" for m in models))
+    table.add_row("  times faster", *(f"{teacher.latency / m.latency:.2f}" for m in models))
     table.add_row("MLM top-1 accuracy", *(f"{m.accuracy:.1%}" for m in models))
     table.add_row("pseudo-perplexity", *(f"{m.pseudo_perplexity:,.1f}" for m in models))
-    table.add_row("top-1 agreement with the teacher", *(f"{m.agreement:.1%}" for m in models))
+    table.add_row("agreement with teacher", *(f"{m.agreement:.1%}" for m in models))
     return table
 
 

@@ -71,7 +71,7 @@ def accumulate_gradients(
 
 
 def _in_words(terms: Tensor) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in zip(TERMS, terms.tolist(), strict=True))
+    return " ".join(f"{name} {value:.2f}" for name, value in zip(TERMS, terms.tolist(), strict=True))
 
 
 class Trainer:
