@@ -90,7 +90,6 @@ def choose(values: Tensor, backend: str | None = None) -> str:
     return _choose(values.device.type, values.device.index, str(values.dtype).removeprefix("torch."), backend)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(kind: str, index: int | None, dtype: str, backend: str | None) -> str:
     """`choose` in plain data, so that torch.compile can take the answer as a constant."""
     device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -99,6 +98,10 @@ def _choose(kind: str, index: int | None, dtype: str, backend: str | None) -> st
         _warned.add(f"{kind} {dtype}")
         warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=4)
     return name
+
+
+# What torch.compiler.assume_constant_result does, whose import of the compiler takes a second.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------ checking
