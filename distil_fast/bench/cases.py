@@ -6,8 +6,9 @@ Next: problems.py for what a case computes, contenders.py for who computes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ class Case:
 
     Cases of one group are timed in turn with each other, because their times are compared. `calls` is how many calls
     one sample times: more than one where a call takes microseconds, which then also finds its data in cache.
-    `first_calls` asks for a further row: calls that get memory which the process has never used before.
+    `first_calls` asks for a further row: calls that get memory which the process has never used before. `graph`: on a
+    GPU, the call is captured in a graph once, and replayed.
     """
 
     problem: str
@@ -43,6 +45,8 @@ class Case:
     group: str = ""
     first_calls: bool = False
     quick: bool = False
+    device: str = "cpu"
+    graph: bool = False
 
     @property
     def name(self) -> str:
@@ -54,6 +58,8 @@ class Case:
             parts.append(f"grad_output={self.grad_output:g}")
         if self.shifted:
             parts.append("logits[:, :-1]")
+        if self.graph:
+            parts.append("graph")
         return " ".join(parts)
 
 
@@ -91,7 +97,37 @@ MEMORY: tuple[Case, ...] = tuple(
     for rows, cols, dtype in ((64, 30522, FP32), (64, 151936, FP32), (512, 151936, FP32), (512, 151936, BF16))
 )
 
-SUITES: dict[str, tuple[Case, ...]] = {"loss": (*LOSS, *OVERHEAD), "overhead": OVERHEAD}
+GPU_ROWS = 8192
+VOCABULARIES = (30522, 32000, 50257, 128256, 151936, 256000)
+ON_GPU = ("eager", "compiled", "liger", "ours", "ours cuda", "ours triton")
+
+
+def _gpu() -> Iterator[Case]:
+    def case(problem: str, cols: int, dtype: torch.dtype = BF16, rows: int = GPU_ROWS, **options: Any) -> Case:
+        return Case(problem, rows, cols, dtype, **{"contenders": ON_GPU, "device": "cuda", **options})
+
+    for cols in VOCABULARIES:
+        for temperature in (2.0, 3.7):
+            traced = ("ours compiled",) if cols == VOCABULARIES[0] else ()
+            contenders = (*ON_GPU, *traced)
+            yield case("KL+CE", cols, temperature=temperature, contenders=contenders, quick=bool(traced))
+    for cols in (30522, 128256):
+        yield case("KL+CE", cols, FP32, temperature=2.0)
+        yield case("KL+CE", cols, temperature=2.0, inplace=True)
+        yield case("KL+CE value", cols, temperature=2.0)
+        yield case("KL", cols, temperature=2.0)
+        yield case("CE", cols)
+        yield case("softmax", cols)
+        yield case("softmax backward", cols)
+    yield case("KL+CE", 30522, temperature=2.0, grad_output=0.25)
+    yield case("KL+CE", 30522, FP16, temperature=2.0, grad_output=LOSS_SCALE)
+    yield case("cosine", 768)
+    yield case("KL+CE", 30522, rows=32, temperature=2.0, graph=True, quick=True)
+
+
+GPU = tuple(_gpu())
+
+SUITES: dict[str, tuple[Case, ...]] = {"loss": (*LOSS, *OVERHEAD), "overhead": OVERHEAD, "gpu": GPU}
 
 
 def select(cases: Sequence[Case], *, quick: bool = False, containing: str = "") -> list[Case]:

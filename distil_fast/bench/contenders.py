@@ -1,4 +1,4 @@
-"""Who computes a case: eager torch, compiled torch, and distil_fast by instruction set.
+"""Who computes a case: eager torch, compiled torch, Liger, and distil_fast by instruction set or backend.
 
 "eager" is torch as its users write it, "compiled" is torch.compile of that with static shapes; on a CPU the mode
 max-autotune-no-cudagraphs generates the same code for these formulas (it tunes matrix products), so the default stands
@@ -11,14 +11,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from distil_fast import _C
+from distil_fast import _C, backends
 from distil_fast.bench.cases import Case
-from distil_fast.bench.problems import Function, Outcome, Problem
+from distil_fast.bench.problems import (
+    HARD_WEIGHT,
+    KL,
+    SOFT_WEIGHT,
+    CrossEntropy,
+    Function,
+    KLAndCrossEntropy,
+    Outcome,
+    Problem,
+)
 
 BEST_INSTRUCTION_SET = _C.instruction_set()
 ABSENT = "not available"  # how the reason begins where the machine lacks something
+WARM_UP_CALLS = 3  # before a graph is captured, as torch's notes on graphs advise
 MORE_THAN_CASES = 64  # compilations of one formula, for as many dtypes and layouts as a group has
 
 
@@ -35,19 +46,51 @@ class Contender:
     problem: Problem
     function: Function
     instruction_set: str = BEST_INSTRUCTION_SET
+    backend: str | None = None
 
     @property
     def calls(self) -> int:
         return self.case.calls
 
+    @property
+    def device(self) -> str:
+        return self.case.device
+
     def prepare(self) -> None:
         """What must be done before a call, outside the clock."""
         _C.use_instruction_set(self.instruction_set)
+        self.problem.backend = self.backend
         self.problem.prepare(self.function)
 
     def call(self) -> Outcome:
         """One call, inside the clock."""
         return self.problem.run(self.function)
+
+
+class Graphed:
+    """A contender whose call is captured in a CUDA graph, and replayed inside the clock."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
+        self.calls, self.device = contender.calls, contender.device
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                contender.prepare()
+                contender.call()
+        torch.cuda.current_stream().wait_stream(stream)
+        contender.prepare()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outcome = contender.call()
+
+    def prepare(self) -> None:
+        self.contender.prepare()
+
+    def call(self) -> Outcome:
+        self.graph.replay()
+        return self.outcome
 
 
 def _in_float32(formula: Function) -> Function:
@@ -64,6 +107,27 @@ def _compiled(function: Function) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def _liger(problem: Problem, case: Case) -> Function:
+    """Liger's kernels from logits: its JSD at beta 0 (forward KL) of log_softmax, plus its cross-entropy."""
+    try:
+        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerJSD
+    except ImportError:
+        raise UnavailableError(f"{ABSENT}: liger-kernel is not installed") from None
+    jsd, cross_entropy = LigerJSD(beta=0.0), LigerCrossEntropyLoss()
+    t = case.temperature or 1.0
+
+    def soft(student: Tensor, teacher: Tensor) -> Tensor:
+        return jsd(F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)) * t**2
+
+    if isinstance(problem, KLAndCrossEntropy):
+        return lambda s, t, y: soft(s, t) * SOFT_WEIGHT + cross_entropy(s, y) * HARD_WEIGHT
+    if isinstance(problem, KL):
+        return lambda s, t, _: soft(s, t)
+    if isinstance(problem, CrossEntropy):
+        return lambda s, _, y: cross_entropy(s, y)
+    raise UnavailableError(f"{ABSENT}: Liger has no kernel of {case.problem}")
+
+
 FUNCTIONS: dict[str, Callable[[Problem], Function]] = {
     "eager": lambda problem: problem.formula,
     "eager float32": lambda problem: _in_float32(problem.formula),
@@ -75,22 +139,34 @@ FUNCTIONS: dict[str, Callable[[Problem], Function]] = {
 
 
 def family(name: str) -> str:
-    """ "eager", "compiled" or "ours"."""
+    """ "eager", "compiled", "liger" or "ours"."""
     return name.partition(" ")[0]
 
 
-def build(name: str, case: Case, problem: Problem) -> Contender:
-    """The contender of this name. "ours ISA" is distil_fast held to that instruction set.
+def build(name: str, case: Case, problem: Problem) -> Contender | Graphed:
+    """The contender of this name. "ours ISA" and "ours BACKEND" are distil_fast held to that.
 
     Raises:
         UnavailableError: the machine lacks what it needs.
         KeyError: there is no such contender.
     """
+    contender = _build(name, case, problem)
+    return Graphed(contender) if case.graph else contender
+
+
+def _build(name: str, case: Case, problem: Problem) -> Contender:
     if name in FUNCTIONS:
         return Contender(case, name, problem, FUNCTIONS[name](problem))
+    if name == "liger":
+        return Contender(case, name, problem, _liger(problem, case))
     if family(name) != "ours":
         raise KeyError(name)
-    instruction_set = name.removeprefix("ours ")
-    if not _C.use_instruction_set(instruction_set):
-        raise UnavailableError(f"{ABSENT}: the processor has no {instruction_set}")
-    return Contender(case, name, problem, problem.ours, instruction_set)
+    held_to = name.removeprefix("ours ")
+    if held_to in backends.KERNELS:
+        can, why = backends.module(held_to).available(torch.device(case.device), case.dtype)
+        if not can:
+            raise UnavailableError(f"{ABSENT}: {why}")
+        return Contender(case, name, problem, problem.ours, backend=held_to)
+    if not _C.use_instruction_set(held_to):
+        raise UnavailableError(f"{ABSENT}: the processor has no {held_to}")
+    return Contender(case, name, problem, problem.ours, held_to)

@@ -89,9 +89,9 @@ def _call_once_small(name: str, case: Case) -> None:
 class _Keeping:
     """A contender whose results are all kept: no call finds memory that another one has freed."""
 
-    calls = 1
+    calls, device = 1, "cpu"
 
-    def __init__(self, contender: contenders.Contender) -> None:
+    def __init__(self, contender: measure.Sampled) -> None:
         self.contender = contender
         self.results: list[Outcome] = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ DEFAULT_CACHE_BYTES = 32 << 20
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
-def last_level_cache_bytes() -> int:
-    """Size of the largest cache of the first processor; 32 MiB where the system does not say."""
+def last_level_cache_bytes(device: str = "cpu") -> int:
+    """Size of a GPU's L2, or of the largest cache of the first processor; 32 MiB where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties().L2_cache_size)
     sizes = [_size(path.read_text().strip()) for path in CACHES.glob("index*/size")]
     return max(sizes, default=DEFAULT_CACHE_BYTES)
 
@@ -45,7 +48,28 @@ def describe() -> dict[str, str | int | float | None]:
         "torch": torch.__version__,
         "distil_fast": distil_fast.__version__,
         "commit": _commit(),
+        **(_gpu() if torch.cuda.is_available() else {}),
     }
+
+
+def _gpu() -> dict[str, str | int | float | None]:
+    """The GPU of this process, and what drives it."""
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "gpu_l2_mib": properties.L2_cache_size >> 20,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "liger_kernel": _version("liger_kernel"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _line(path: str, key: str) -> str | None:

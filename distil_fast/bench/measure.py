@@ -1,4 +1,4 @@
-"""How things are timed: in turn, warm, with cold caches, and beside a copy of memory.
+"""How things are timed: in turn, warm, with cold caches, and beside a copy of memory, on a CPU or a GPU.
 
 Everything that is compared is sampled in the same rounds, so that a slow minute of the machine falls on all alike; what
 is slow itself takes part in fewer of them. It knows nothing of losses. Next: loss.py.
@@ -32,6 +32,8 @@ class Effort:
 
 
 TRIALS = 9  # of each way to copy
+COPIED_ON_GPU = 1 << 30  # bytes
+HEAD_START = 2_000_000  # cycles of a GPU, about a millisecond
 FULL = Effort(warm_up=2.0, budget=1.5, fewest=7, most=60)
 QUICK = Effort(warm_up=0.5, budget=0.5, fewest=3, most=20)
 
@@ -57,6 +59,8 @@ class Sampled(Protocol):
 
     @property
     def calls(self) -> int: ...
+    @property
+    def device(self) -> str: ...
     def prepare(self) -> None: ...
     def call(self) -> Any: ...
 
@@ -64,8 +68,9 @@ class Sampled(Protocol):
 class CacheEvictor:
     """Empties the caches by reading twice what the last of them holds; reading leaves no write-back behind."""
 
-    def __init__(self) -> None:
-        self.memory = torch.ones(2 * machine.last_level_cache_bytes() // 4)
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.memory = torch.ones(2 * machine.last_level_cache_bytes(device) // 4, device=device)
 
     def __call__(self) -> None:
         self.memory.sum()
@@ -74,15 +79,32 @@ class CacheEvictor:
 def sample(contender: Sampled, evict: Callable[[], object]) -> float:
     """Seconds of one call. What it returns is freed after the clock has stopped."""
     contender.prepare()
-    calls = range(contender.calls)
-    if len(calls) == 1:
+    if contender.calls == 1:
         evict()
+    clock = _gpu_seconds if contender.device == "cuda" else _seconds
+    return clock(contender) / contender.calls
+
+
+def _seconds(contender: Sampled) -> float:
     start = time.perf_counter()
-    for _ in calls:
+    for _ in range(contender.calls):
         result = contender.call()
     seconds = time.perf_counter() - start
     del result
-    return seconds / len(calls)
+    return seconds
+
+
+def _gpu_seconds(contender: Sampled) -> float:
+    """By the device's own clock. It is kept busy while the calls are queued, so that it never waits for Python."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    for _ in range(contender.calls):
+        result = contender.call()
+    end.record()
+    end.synchronize()
+    del result
+    return 1e-3 * start.elapsed_time(end)
 
 
 def in_turn(contenders: Sequence[Sampled], effort: Effort, evict: Callable[[], object]) -> list[list[float]]:
@@ -130,18 +152,23 @@ def schedule(counts: Sequence[int]) -> list[int]:
 class Copy:
     """The fastest copy of memory that torch or the C library make with all threads: the yardstick of every case.
 
-    Both arrays together are eight times the last cache. The C library streams such sizes past the caches; torch's
-    copy_ reads the destination before it overwrites it on some processors.
+    Both arrays together are eight times the last cache of a CPU, 2 GiB on a GPU. The C library streams such sizes past
+    the caches; torch's copy_ reads the destination before it overwrites it on some processors.
     """
 
     calls = 1
 
-    def __init__(self, evict: Callable[[], object]) -> None:
-        self.bytes = 4 * machine.last_level_cache_bytes()
-        self.source, self.destination = (torch.ones(self.bytes, dtype=torch.uint8) for _ in range(2))
+    def __init__(self, evict: CacheEvictor) -> None:
+        self.device = evict.device
+        self.bytes = COPIED_ON_GPU if self.device == "cuda" else 4 * machine.last_level_cache_bytes()
+        self.source, self.destination = (
+            torch.ones(self.bytes, dtype=torch.uint8, device=self.device) for _ in range(2)
+        )
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
-        methods: dict[str, Callable[[], object]] = {"torch copy_": self._copy, "memmove on all threads": self._memmove}
+        methods: dict[str, Callable[[], object]] = {"torch copy_": self._copy}
+        if self.device == "cpu":
+            methods["memmove on all threads"] = self._memmove
         seconds: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(TRIALS):
             for name, self.call in methods.items():

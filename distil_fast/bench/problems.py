@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Problem(ABC):
 
     arrays: ClassVar[int] = 3
     inputs: tuple[Tensor, ...]
+    backend: str | None = None  # of distil_fast, for the next call of `ours`
 
     @property
     def floor_bytes(self) -> int:
@@ -82,15 +84,17 @@ class LossProblem(Problem):
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(0)
-        teacher, student = (torch.randn(case.rows, case.cols, generator=generator).mul_(self.spread) for _ in range(2))
-        student[-NEAR:] = teacher[-NEAR:] + DIFFERENCE * torch.randn(NEAR, case.cols, generator=generator)
+        self.temperature = 1.0 if case.temperature is None else case.temperature
+        normal, generator = _normal(case, seed=0)
+        teacher, student = (normal(case.rows, case.cols).mul_(self.spread) for _ in range(2))
+        student[-NEAR:] = teacher[-NEAR:] + DIFFERENCE * normal(NEAR, case.cols)
         self.student = _laid_out(student, case).requires_grad_()
         self.teacher = _laid_out(teacher, case)
-        self.pristine = self.student.detach().clone() if case.inplace else self.student.detach()
-        self.labels = torch.randint(case.cols, (case.rows,), generator=generator)
+        overwritten = case.inplace or "liger" in case.contenders  # Liger's cross-entropy always works in place
+        self.pristine = self.student.detach().clone() if overwritten else self.student.detach()
+        self.labels = torch.randint(case.cols, (case.rows,), generator=generator, device=case.device)
         self.labels[-NEAR:] = -100  # so that their gradient is that of the divergence alone
-        self.grad_output = torch.tensor(case.grad_output)
+        self.grad_output = torch.tensor(case.grad_output, device=case.device)
         self.inputs = (self.student, self.teacher, self.labels.view(self.student.shape[:-1]))
 
     @abstractmethod
@@ -98,7 +102,7 @@ class LossProblem(Problem):
         """The share of some rows in the loss, by distil_fast.reference."""
 
     def prepare(self, function: Function) -> None:
-        if self.case.inplace:
+        if self.pristine.data_ptr() != self.student.data_ptr():
             with torch.no_grad():
                 self.student.copy_(self.pristine)
 
@@ -127,11 +131,6 @@ class KLAndCrossEntropy(LossProblem):
 
     spread = 3.0
 
-    def __init__(self, case: Case) -> None:
-        super().__init__(case)
-        assert case.temperature is not None
-        self.temperature = case.temperature
-
     def formula(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         s, t, temperature = student.flatten(0, -2), teacher.flatten(0, -2), self.temperature
         soft = F.kl_div(F.log_softmax(s / temperature, -1), F.softmax(t / temperature, -1), reduction="batchmean")
@@ -146,6 +145,7 @@ class KLAndCrossEntropy(LossProblem):
             soft_weight=SOFT_WEIGHT,
             hard_weight=HARD_WEIGHT,
             inplace=self.case.inplace,
+            backend=self.backend,
         ).loss
 
     def definition(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -162,6 +162,38 @@ class KLAndCrossEntropy(LossProblem):
         ).loss
 
 
+class KLAndCrossEntropyValue(KLAndCrossEntropy):
+    """The same, without a gradient."""
+
+    arrays = 2
+
+    def run(self, function: Function) -> Outcome:
+        with torch.no_grad():
+            return Outcome(loss := function(*self.inputs), loss.view(1, 1))
+
+    def exact(self) -> Exact:
+        loss = super().exact().loss
+        return Exact(loss, torch.zeros(1, dtype=torch.long), self.labels.new_tensor([[loss]], dtype=torch.float64), 0)
+
+
+class KL(LossProblem):
+    """T^2 KL(teacher || student) at temperature T alone."""
+
+    spread = 3.0
+
+    def formula(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        t = self.temperature
+        return F.kl_div(F.log_softmax(student / t, -1), F.softmax(teacher / t, -1), reduction="batchmean") * t**2
+
+    def ours(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        t = self.temperature
+        return distil_fast.divergence_loss(student, teacher, temperature=t, t_squared=True, backend=self.backend)
+
+    def definition(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        t = self.temperature
+        return reference.divergence_loss(student, teacher, temperature=t, t_squared=True, count=self.case.rows)
+
+
 class CrossEntropy(LossProblem):
     """Cross-entropy of the student; the teacher is not read."""
 
@@ -172,7 +204,7 @@ class CrossEntropy(LossProblem):
         return F.cross_entropy(student, labels)
 
     def ours(self, student: Tensor, _: Tensor, labels: Tensor) -> Tensor:
-        return distil_fast.cross_entropy(student, labels)
+        return distil_fast.cross_entropy(student, labels, backend=self.backend)
 
     def definition(self, student: Tensor, _: Tensor, labels: Tensor) -> Tensor:
         return reference.cross_entropy(student, labels, count=self.case.rows - NEAR)
@@ -187,7 +219,7 @@ class Cosine(LossProblem):
         return F.cosine_embedding_loss(student, teacher, student.new_ones(len(student)))
 
     def ours(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
-        return distil_fast.cosine_loss(student, teacher)
+        return distil_fast.cosine_loss(student, teacher, backend=self.backend)
 
     def definition(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
         return reference.cosine_loss(student, teacher, count=self.case.rows)
@@ -199,15 +231,14 @@ class Softmax(Problem):
     arrays = 2
 
     def __init__(self, case: Case) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.logits = torch.randn(case.rows, case.cols, generator=generator).mul_(3.0).to(case.dtype)
+        self.logits = _normal(case, seed=0)[0](case.rows, case.cols).mul_(3.0).to(case.dtype)
         self.inputs = (self.logits,)
 
     def formula(self, logits: Tensor) -> Tensor:
         return F.softmax(logits, -1)
 
     def ours(self, logits: Tensor) -> Tensor:
-        return distil_fast.softmax(logits)
+        return distil_fast.softmax(logits, backend=self.backend)
 
     def run(self, function: Function) -> Outcome:
         return Outcome(None, function(self.logits))
@@ -225,7 +256,7 @@ class SoftmaxBackward(Softmax):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.logits.requires_grad_()
-        self.upstream = torch.randn(self.logits.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+        self.upstream = _normal(case, seed=1)[0](*self.logits.shape).to(case.dtype)
 
     def prepare(self, function: Function) -> None:
         self.out = function(self.logits)
@@ -242,6 +273,8 @@ class SoftmaxBackward(Softmax):
 
 PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "KL+CE": KLAndCrossEntropy,
+    "KL+CE value": KLAndCrossEntropyValue,
+    "KL": KL,
     "CE": CrossEntropy,
     "cosine": Cosine,
     "softmax": Softmax,
@@ -254,11 +287,17 @@ def make(case: Case) -> Problem:
     return PROBLEMS[case.problem](case)
 
 
+def _normal(case: Case, seed: int) -> tuple[Callable[..., Tensor], torch.Generator]:
+    """Standard normal numbers of any shape on the case's device, and where they come from."""
+    generator = torch.Generator(case.device).manual_seed(seed)
+    return partial(torch.randn, generator=generator, device=case.device), generator
+
+
 def _laid_out(values: Tensor, case: Case) -> Tensor:
     """Values [rows, cols] in the case's dtype and layout."""
     if not case.shifted:
         return values.to(case.dtype)
-    logits = torch.zeros(4, case.rows // 4 + 1, case.cols, dtype=case.dtype)
+    logits = torch.zeros(4, case.rows // 4 + 1, case.cols, dtype=case.dtype, device=case.device)
     logits[:, :-1] = values.view(4, -1, case.cols)
     return logits[:, :-1]
 

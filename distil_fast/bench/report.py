@@ -19,9 +19,10 @@ STEADY = 0.85  # of the fastest copy
 WIDE = 240  # so that no cell is cut where no terminal limits the line
 
 NOTES = (
-    "ms: the median. GB/s and % of floor: the operation's least traffic (KL+CE and cosine 3 arrays, softmax 2, its "
-    "backward 3) at the speed of the copy, credited to everyone. Outside the clock, caches are emptied before each "
-    "call, and what a call in place overwrites is refilled; calls of 4x16 are timed 200 at a time.",
+    "ms: the median. GB/s and % of floor: the operation's least traffic (KL+CE, KL, cosine and softmax backward 3 "
+    "arrays, CE, softmax and KL+CE value 2) at the speed of the copy, credited to everyone. Outside the clock, caches "
+    "are emptied before each call, and what a call in place overwrites is refilled; calls of 4x16 are timed 200 at a "
+    "time.",
     "Errors are relative, against float64, of the gradient or output; p~q: in two rows where student and teacher "
     "nearly agree (0.01 between their logits). Peak MiB is beyond the inputs; a fresh gradient or output counts, one "
     "in place does not.",
@@ -57,10 +58,11 @@ def header(results: Results) -> list[str]:
     machine = results.machine
     slowest, fastest = results.copy_range
     medians = f"; medians over {results.processes} processes" if results.processes > 1 else ""
+    gpu = f"{machine['gpu']}, CUDA {machine['cuda']}, Triton {machine['triton']}; " if "gpu" in machine else ""
     lines = [
         f"{results.command}  ({results.date}, {results.seconds:.0f} s, commit {machine['commit']})",
-        f"{machine['cpu']}, threads: {machine['threads']}, {machine['instruction_set']}, {machine['memory_gib']} GiB; "
-        f"Python {machine['python']}, torch {machine['torch']}{medians}",
+        f"{gpu}{machine['cpu']}, threads: {machine['threads']}, {machine['instruction_set']}, "
+        f"{machine['memory_gib']} GiB; Python {machine['python']}, torch {machine['torch']}{medians}",
         f"floors from a copy of memory in the same rounds ({results.copy_method}): {slowest:.1f} to {fastest:.1f} "
         "GB/s, read and written",
     ]

@@ -16,8 +16,8 @@ import torch
 from distil_fast import _C
 from distil_fast.bench import cases, contenders, correctness, isolated, machine, measure, problems, results
 from distil_fast.bench.cases import Case
-from distil_fast.bench.contenders import Contender
-from distil_fast.bench.measure import Effort, Timing
+from distil_fast.bench.contenders import Contender, Graphed
+from distil_fast.bench.measure import Effort, Sampled, Timing
 from distil_fast.bench.results import Memory, Results, Row
 
 FIRST_CALLS, FIRST_CALL = 5, "ours, first call"
@@ -50,7 +50,7 @@ def run(
 
 def _timed(chosen: Sequence[Case], effort: Effort, note: Note = lambda text: None) -> Results:
     """Everything that the clock tells, in this process."""
-    evict = measure.CacheEvictor()
+    evict = measure.CacheEvictor(chosen[0].device)
     copy = measure.Copy(evict)
     rows: list[Row] = []
     try:
@@ -62,11 +62,13 @@ def _timed(chosen: Sequence[Case], effort: Effort, note: Note = lambda text: Non
     return Results(rows, copy.method)
 
 
-def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: Callable[[], object]) -> list[Row]:
+def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: measure.CacheEvictor) -> list[Row]:
     """The rows of cases that are timed in turn, the copy beside them."""
     torch._dynamo.reset()  # other groups' compiled code
+    if group[0].device == "cuda":
+        torch.cuda.empty_cache()
     rows: list[Row] = []
-    admitted: list[Contender] = []
+    admitted: list[Contender | Graphed] = []
     numbers: list[int] = []
     for case in group:
         problem = problems.make(case)
@@ -84,7 +86,9 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     return [replace(row, copy_gb_per_s=rate) for row in rows]
 
 
-def checked(name: str, case: Case, problem: problems.Problem, exact: problems.Exact) -> tuple[Row, Contender | None]:
+def checked(
+    name: str, case: Case, problem: problems.Problem, exact: problems.Exact
+) -> tuple[Row, Contender | Graphed | None]:
     """A contender's row before it is timed, and the contender, unless it is absent, fails, or is wrong."""
     floor_bytes = problem.floor_bytes if case.calls == 1 else 0
     row = Row(case.name, name, floor_bytes)
@@ -92,6 +96,8 @@ def checked(name: str, case: Case, problem: problems.Problem, exact: problems.Ex
         contender = contenders.build(name, case, problem)
         contender.prepare()
         found = correctness.errors(contender.call(), exact)
+        if case.device == "cuda" and not case.graph:
+            row = replace(row, peak_extra_bytes=_peak_on_gpu(contender))
     except contenders.UnavailableError as error:
         return replace(row, refused=str(error)), None
     except Exception as error:  # whatever stops someone else's code is a line of the table, not the end of the run
@@ -100,12 +106,23 @@ def checked(name: str, case: Case, problem: problems.Problem, exact: problems.Ex
     return replace(row, errors=found, refused=refused), None if refused else contender
 
 
+def _peak_on_gpu(contender: Sampled) -> int:
+    """The most memory that tensors held during one call, beyond what they held before."""
+    contender.prepare()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contender.call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _with_isolated(found: Results, chosen: Sequence[Case], note: Note) -> list[Row]:
     """The rows with their peak memory, and rows of first calls, each from fresh processes."""
     rows: list[Row] = []
     for case in chosen:
         own = [row for row in found.rows if row.case == case.name]
-        if case.calls == 1:
+        if case.calls == 1 and case.device == "cpu":
             note(f"peak memory of {case.name}")
             names = [row.contender for row in own if row.timing and row.contender not in cases.INSTRUCTION_SETS]
             names.sort(key=lambda name: name != "ours")

@@ -1,4 +1,4 @@
-"""What the CPU core was built to reach, and whether a run reached it.
+"""What the kernels were built to reach, on a CPU with AVX-512 and on an H200, and whether a run reached it.
 
 One entry a target, as a function of the results. It measures nothing. Next: docs/performance.md.
 """
@@ -6,11 +6,11 @@ One entry a target, as a function of the results. It measures nothing. Next: doc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from distil_fast.bench.cases import BF16, FP16, FP32, LOSS_SCALE, OVERHEAD, Case
+from distil_fast.bench.cases import BF16, FP16, FP32, GPU_ROWS, LOSS_SCALE, OVERHEAD, VOCABULARIES, Case
 from distil_fast.bench.results import Results
 
 Value = Callable[[Results], "float | None"]
@@ -46,11 +46,11 @@ def judge(results: Results) -> list[Outcome]:
     return outcomes
 
 
-def of_floor(case: str) -> Value:
+def of_floor(case: str, contender: str = "ours") -> Value:
     """Time in floors."""
 
     def value(results: Results) -> float | None:
-        row, ms = results.row(case, "ours"), results.ms(case, "ours")
+        row, ms = results.row(case, contender), results.ms(case, contender)
         return ms / row.floor_ms if row and ms else None
 
     return value
@@ -121,4 +121,60 @@ def _targets() -> Iterator[Target]:
     yield Target("memory beyond the gradient: MiB a thread", memory_per_thread, 2)
 
 
-TARGETS = tuple(_targets())
+def milliseconds(case: str) -> Value:
+    """Time."""
+    return lambda results: results.ms(case, "ours")
+
+
+def beyond_gradient(case: Case) -> Value:
+    """MiB of peak memory beyond inputs and gradient."""
+
+    def value(results: Results) -> float | None:
+        row = results.row(case.name, "ours")
+        if row is None or row.peak_extra_bytes is None:
+            return None
+        return (row.peak_extra_bytes - case.rows * case.cols * case.dtype.itemsize) / MIB
+
+    return value
+
+
+def _gpu_targets() -> Iterator[Target]:
+    def case(
+        problem: str, cols: int, dtype: torch.dtype = BF16, t: float | None = 2.0, rows: int = GPU_ROWS, **options: Any
+    ) -> Case:
+        return Case(problem, rows, cols, dtype, temperature=t, **options)
+
+    for cols in VOCABULARIES:
+        at_2, at_37 = (case("KL+CE", cols, t=t) for t in (2.0, 3.7))
+        for at in (at_2, at_37):
+            yield Target(f"{at.name}, CUDA: floors", of_floor(at.name, "ours cuda"), 1 / 0.85)
+            yield Target(f"{at.name}, CUDA: floors (the stretch)", of_floor(at.name, "ours cuda"), 1 / 0.92)
+            for than, limit in (("eager", 8), ("compiled", 2.5), ("liger", 5)):
+                yield Target(f"{at.name}: x {than}", faster(at.name, than), limit, at_most=False)
+            yield Target(f"{at.name}: MiB beyond the gradient", beyond_gradient(at), 1)
+        yield Target(f"{at_37.name}: x the time at T=2", ratio(at_37.name, at_2.name, "ours cuda", "ours cuda"), 1.15)
+        if cols <= 128256:
+            limit = 2 if cols == 128256 else 1 / 0.75
+            yield Target(f"{at_2.name}, Triton: floors", of_floor(at_2.name, "ours triton"), limit)
+    for cols in (30522, 128256):
+        full = case("KL+CE", cols, FP32).name
+        yield Target(f"{full}: floors", of_floor(full), 1 / 0.92)
+        for problem, t in (
+            ("KL+CE value", 2.0),
+            ("KL", 2.0),
+            ("CE", None),
+            ("softmax", None),
+            ("softmax backward", None),
+        ):
+            name = case(problem, cols, t=t).name
+            yield Target(f"{name}: floors", of_floor(name), 1 / 0.85)
+    cosine = case("cosine", 768, t=None).name
+    yield Target(f"{cosine}: floors", of_floor(cosine), 1 / 0.85)
+    plain = case("KL+CE", 30522).name
+    for other in (case("KL+CE", 30522, grad_output=0.25), case("KL+CE", 30522, FP16, grad_output=LOSS_SCALE)):
+        yield Target(f"{other.name}: x the plain time", ratio(other.name, plain), 1.8)
+    small = case("KL+CE", 30522, rows=32, graph=True).name
+    yield Target(f"{small}: ms", milliseconds(small), 0.015)
+
+
+TARGETS = (*_targets(), *_gpu_targets())

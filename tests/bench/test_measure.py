@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from distil_fast.bench import measure
 from distil_fast.bench.measure import Effort, Timing
@@ -36,6 +37,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Fake:
     """A contender that takes as long as it is told."""
 
+    device = "cpu"
+
     def __init__(self, clock: Clock, name: str, seconds: float, calls: int = 1) -> None:
         self.clock, self.name, self.seconds, self.calls = clock, name, seconds, calls
 
@@ -53,6 +56,30 @@ def evict(clock: Clock) -> Callable[[], None]:
 def test_only_the_call_is_timed(clock: Clock) -> None:
     assert measure.sample(Fake(clock, "a", 0.25), evict(clock)) == 0.25
     assert clock.log == ["prepare", "evict", "a"]
+
+
+def test_a_gpu_is_timed_by_its_own_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two events, with a head start for the queue before the first."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+
+        def synchronize(self) -> None:
+            clock.work("synchronize", 7.0)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: clock.work("head start", cycles))
+    contender = Fake(clock, "a", 0.25)
+    contender.device = "cuda"
+    assert measure.sample(contender, evict(clock)) == pytest.approx(0.25)
+    assert clock.log == ["prepare", "evict", "head start", "a", "synchronize"]
 
 
 def test_many_calls_are_averaged_and_keep_their_caches(clock: Clock) -> None:
@@ -97,8 +124,8 @@ def test_quantiles() -> None:
 
 
 def test_copy_moves_every_byte_and_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure.machine, "last_level_cache_bytes", lambda: 1 << 16)
-    copy = measure.Copy(lambda: None)
+    monkeypatch.setattr(measure.machine, "last_level_cache_bytes", lambda device="cpu": 1 << 16)
+    copy = measure.Copy(measure.CacheEvictor())
     assert copy.bytes == 1 << 18
     assert copy.gb_per_s(seconds=1e-3) == pytest.approx(2 * (1 << 18) / 1e6)
     for move in (copy._copy, copy._memmove):

@@ -20,7 +20,7 @@ CALLS = Case("CE", 4, 16, contenders=("eager", "ours"), calls=50)
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small caches to empty, little effort, and a contender that is wrong."""
-    monkeypatch.setattr(measure.machine, "last_level_cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(measure.machine, "last_level_cache_bytes", lambda device="cpu": 1 << 16)
     monkeypatch.setattr(measure, "FULL", TINY)
     half = {"half": lambda problem: lambda *inputs: 0.5 * problem.ours(*inputs)}
     monkeypatch.setattr(contenders, "FUNCTIONS", {**contenders.FUNCTIONS, **half})
