@@ -1,0 +1,84 @@
+"""Runs every kernel once on small odd shapes, and the long rows that take a path of their own:
+
+    DISTIL_FAST_BACKEND=cuda compute-sanitizer python benchmarks/every_kernel.py
+
+For tools that watch memory; the results are compared with the reference too, since it costs nothing here. It knows
+the public functions alone. Next: on_device.py, which runs it under each tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import distil_fast
+from distil_fast import JSD, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORT, LONG = (1, 7, 1003), (30522, 151936)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def rows(device: str, dtype: torch.dtype, cols: int, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher and labels; the rows lie apart, and none begins at a multiple of 16 bytes."""
+    wide = torch.randn(2, count, cols + 3, generator=torch.Generator().manual_seed(cols)).to(dtype).to(device)
+    labels = torch.arange(count, device=device) % cols
+    labels[-1] = -100
+    student, teacher = wide[..., 1 : cols + 1]
+    return student, teacher, labels
+
+
+def calls(device: str, dtype: torch.dtype, cols: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What was asked for, and the gradients or outputs of kernel and reference."""
+    student, teacher, labels = rows(device, dtype, cols)
+    temperatures = torch.tensor([1.0, 2.0, 3.7], device=device)
+    for divergence in ("forward_kl", "reverse_kl", JSD(0.3)):
+        for reduction in ("mean", "none"):
+
+            def loss(functions: object, s: Tensor, how: str = reduction, by: object = divergence) -> Tensor:
+                found = functions.distillation_loss(  # type: ignore[attr-defined]
+                    s, teacher, labels, temperature=temperatures, divergence=by, label_smoothing=0.1, reduction=how
+                )
+                return found.loss.sum()
+
+            yield f"{divergence} {reduction}", gradient(loss, distil_fast, student), gradient(loss, reference, student)
+    for name in ("softmax", "log_softmax"):
+
+        def squares(functions: object, s: Tensor, which: str = name) -> Tensor:
+            return getattr(functions, which)(s, temperatures).float().square().mean(-1).sum()
+
+        yield name, gradient(squares, distil_fast, student), gradient(squares, reference, student)
+
+    def cosine(functions: object, s: Tensor) -> Tensor:
+        return 0.25 * functions.cosine_loss(s, teacher, labels >= 0)  # type: ignore[attr-defined]
+
+    yield "cosine", gradient(cosine, distil_fast, student), gradient(cosine, reference, student)
+
+
+def gradient(loss: object, functions: object, student: Tensor) -> Tensor:
+    leaf = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    (grad,) = torch.autograd.grad(loss(functions, leaf), leaf)  # type: ignore[operator]
+    return grad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every kernel of a backend, once.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--short", action="store_true", help="short rows only")
+    arguments = parser.parse_args()
+    count = 0
+    for dtype in DTYPES:
+        for cols in SHORT if arguments.short else (*SHORT, *LONG):
+            for name, ours, exact in calls(arguments.device, dtype, cols):
+                error = float((ours.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-12))
+                if not error <= TOLERANCE[dtype] and float(exact.double().norm()) > 1e-6:
+                    raise SystemExit(f"{name}, {dtype}, V = {cols}: relative error {error:.1e}")
+                count += 1
+    print(f"{count} calls agree with the reference")
+
+
+if __name__ == "__main__":
+    main()
