@@ -160,7 +160,7 @@ class RowLossCall {
       const int64_t j = block_start(b), n = block_size(b);
       w.blocks[b] = start;
       if (!teacher)
-        table_.exponentiate_alone[s](student + j * size_, n, 1.0, w.es + j, w.blocks + b);
+        table_.exponentiate_alone[s](student + j * size_, n, 1.0, w.es + j, w.blocks + b, ahead_of(row, b, 0, 2));
       else
         table_.exponentiate[s][d][static_cast<int>(kind)](student + j * size_, teacher + j * teacher_size, n, t,
                                                           w.es + j, w.et + j, w.g + j, w.blocks + b,
@@ -204,10 +204,13 @@ class RowLossCall {
   // the sweep, beginning at `first`. Without a next row that needs it, this one is fetched again, which costs
   // nothing.
   Ahead ahead_of(int64_t row, int64_t b, int first, int quarters) const {
-    const int64_t next = row + 1 < rows_ && soft_weight(row + 1) != 0.0 ? row + 1 : row;
-    const int64_t teacher_size = size_of(c_.teacher.dtype), at = (first * c_.cols + quarters * block_start(b)) / 4;
-    return {row_at(c_.student, next, c_.inner) + at * size_, row_at(c_.teacher, next, c_.inner) + at * teacher_size,
-            quarters * size_, quarters * teacher_size};
+    const int64_t next = row + 1 < rows_ ? row + 1 : row, at = (first * c_.cols + quarters * block_start(b)) / 4;
+    const bool soft = soft_weight(next) != 0.0, used = soft || hard_weight(next) != 0.0;
+    const Matrix& teacher = c_.teacher.data ? c_.teacher : c_.student;
+    const int64_t teacher_size = size_of(teacher.dtype);
+    return {row_at(c_.student, used ? next : row, c_.inner) + at * size_,
+            row_at(teacher, soft ? next : row, c_.inner) + at * teacher_size, quarters * size_,
+            quarters * teacher_size};
   }
 
   // Sum of q r, 0 where that is not finite.
@@ -315,7 +318,7 @@ class RowLossCall {
       const int64_t j = block_start(b);
       const Combine by = factors(b);
       sweep(out + j * size_, student + j * size_, w.g + j, w.es + j, block_size(b), by,
-            teacher ? ahead_of(row, b, 3, 1) : Ahead{});
+            teacher ? ahead_of(row, b, 3, 1) : ahead_of(row, b, 2, 2));
       if (label >= j && label < j + block_cols) put(out, label, at_label);
     });
   }

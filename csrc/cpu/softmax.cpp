@@ -36,11 +36,17 @@ Fault softmax_rows(const Softmax& c) {
              const char* logits = row_at(c.logits, row, c.inner);
              char* out = row_at(c.out, row, c.inner);
              const double t = temperature[row];
+             const char* next = row_at(c.logits, row + 1 < c.outer * c.inner ? row + 1 : row, c.inner);
+             const int quarters = c.logarithm ? 4 : 2;  // of the next row, fetched in each sweep that can
+             auto ahead = [&](int64_t b, int first) {
+               const int64_t at = (first * c.cols + quarters * b * block_cols) / 4;
+               return Ahead{next + at * size, nullptr, quarters * size, 0};
+             };
              auto size_at = [&](int64_t b) { return std::min(block_cols, c.cols - b * block_cols); };
              auto sweep = [&](int64_t b, double reference) {
                const int64_t j = b * block_cols;
                block[b] = Block<Real>{Real(reference), 0, 0, 0, 0};
-               sweeps.rows.exponentiate_alone[s](logits + j * size, size_at(b), t, es + j, block + b);
+               sweeps.rows.exponentiate_alone[s](logits + j * size, size_at(b), t, es + j, block + b, ahead(b, 0));
              };
              const double first = sweeps.rows.maximum[s](logits, size_at(0));
              team.each(blocks, [&](int64_t b) {
@@ -59,7 +65,7 @@ Fault softmax_rows(const Softmax& c) {
                                                      std::log(z));
                else
                  sweeps.rows.gradient_alone[s](out + j * size, nullptr, es + j, es + j, size_at(b),
-                                               Combine{0.0, 0.0, fade(b) / z, 0.0, 0.0}, Ahead{});
+                                               Combine{0.0, 0.0, fade(b) / z, 0.0, 0.0}, ahead(b, 2));
              });
            });
   return {};

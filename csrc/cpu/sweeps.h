@@ -93,8 +93,9 @@ void exponentiate(const void* student, const void* teacher, int64_t n, double te
 // The same of one model.
 template <class V, class S>
 void exponentiate_alone(const void* logits, int64_t n, double temperature, typename V::Real* es,
-                        Block<typename V::Real>* block) {
+                        Block<typename V::Real>* block, const Ahead& next) {
   const S* s = static_cast<const S*>(logits);
+  const Ahead ahead = next;
   const int64_t whole = n - n % V::width;
   const Exponential<V> at_t(temperature);
   const V ref(block->ref_s);
@@ -103,6 +104,7 @@ void exponentiate_alone(const void* logits, int64_t n, double temperature, typen
     V e = at_t(sj - ref);
     z.add(e);
     store(es + j, e);
+    ahead.fetch_student(j);
   };
   in_runs(whole, V::width, [&](int64_t j) { step(j, load(s + j)); }, [&] { z.settle(); });
   if (whole < n) step(whole, load(s + whole, n - whole, -std::numeric_limits<double>::infinity()));
@@ -186,7 +188,7 @@ void gradient(void* out, const void* student, const typename V::Real* g, const t
   const int64_t whole = n - n % V::width;
   for (int64_t j = 0; j < whole; j += V::width) {
     store(to + j, value(j));
-    if constexpr (soft) ahead.fetch(j);
+    soft ? ahead.fetch(j) : ahead.fetch_student(j);
   }
   if (whole < n) store(to + whole, value(whole, n - whole, 0.0), n - whole);
 }

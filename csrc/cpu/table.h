@@ -50,8 +50,11 @@ struct Ahead {
   int64_t student_step, teacher_step;  // bytes per 4 columns swept
 
   [[gnu::always_inline]] void fetch(int64_t j) const {
-    __builtin_prefetch(student + j * student_step / 4, 0, 2);
+    fetch_student(j);
     __builtin_prefetch(teacher + j * teacher_step / 4, 0, 2);
+  }
+  [[gnu::always_inline]] void fetch_student(int64_t j) const {
+    __builtin_prefetch(student + j * student_step / 4, 0, 2);
   }
 };
 
@@ -74,7 +77,8 @@ struct Sweeps {
   static constexpr int D = dtypes<Real>;
   void (*exponentiate[D][D][3])(const void* student, const void* teacher, int64_t n, double temperature, Real* es,
                                 Real* et, Real* difference, Block<Real>* block, const Ahead& ahead);
-  void (*exponentiate_alone[D])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block);
+  void (*exponentiate_alone[D])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block,
+                                const Ahead& ahead);
   double (*maximum[D])(const void* logits, int64_t n);
   double (*exponential_sum[D])(const void* logits, int64_t n, double reference);
   double (*shifted_sum[D])(const void* logits, int64_t n, double reference);
