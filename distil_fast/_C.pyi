@@ -68,3 +68,75 @@ def cosine_loss(
 ) -> Result: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str, /) -> bool: ...
+
+# ---- CUDA: there where nvcc was when this was built. A quantity is a number and 0, or a float's address on the device.
+# Each launches on a stream (its handle, last) and raises RuntimeError where it cannot.
+
+Quantity = tuple[float, int]
+
+def cuda_devices() -> tuple[int, str]: ...  # how many; where they cannot be asked, 0 and why
+def cuda_row_workspace(rows: int, /) -> int: ...
+def cuda_row_loss(
+    shape: Shape,
+    student: Matrix,
+    teacher: Matrix | None,
+    grad: Matrix | None,
+    labels: int,
+    ignore_index: int,
+    soft_mask: int,
+    mask_is_bool: bool,
+    temperatures: int,
+    temperature: Quantity,
+    soft_weight: Quantity,
+    hard_weight: Quantity,
+    soft_count: Quantity,
+    hard_count: Quantity,
+    t_squared: bool,
+    reduction: int,
+    label_smoothing: float,
+    divergence: int,
+    parameter: float,
+    upstream: int,
+    loss: int,
+    soft: int,
+    hard: int,
+    unit: int,
+    fault: int,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_rescale(shape: Shape, grad: Matrix, grad_output: int, unit: int, stream: int, /) -> None: ...
+def cuda_softmax(
+    shape: Shape, logits: Matrix, out: Matrix, logarithm: bool, temperatures: int, temperature: Quantity, stream: int, /
+) -> None: ...
+def cuda_softmax_backward(
+    shape: Shape,
+    out: Matrix,
+    grad_out: Matrix,
+    grad: Matrix,
+    logarithm: bool,
+    temperatures: int,
+    temperature: Quantity,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_cosine_loss(
+    shape: Shape,
+    student: Matrix,
+    teacher: Matrix,
+    grad: Matrix | None,
+    mask: int,
+    mask_is_bool: bool,
+    weight: Quantity,
+    count: Quantity,
+    reduction: int,
+    upstream: int,
+    loss: int,
+    term: int,
+    unit: int,
+    fault: int,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "distil_fast": {"functional", "linear", "modules", "reference"},
     "training": PUBLIC,
     "integrations": PUBLIC,
-    "bench": PUBLIC | {"_C"},  # which names the instruction set, and chooses another to measure it
+    "bench": PUBLIC | {"_C", "backends"},  # which name what serves, and choose another to measure it
     "cli": {"bench", "training"},
 }
 
@@ -50,7 +50,7 @@ NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "training": RUNTIME | {"transformers", "safetensors", "rich", "matplotlib"},
     "integrations": RUNTIME | {"transformers"},
-    "bench": RUNTIME | {"rich", "matplotlib"},
+    "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel"},
     "cli": {"rich"},
 }
 

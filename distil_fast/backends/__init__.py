@@ -1,7 +1,7 @@
 """Which implementation serves a tensor, and why: by device and dtype, by what is installed, or as the caller says.
 
 A backend is a module of this folder with one function for each op; this file knows their names, in the order of
-preference, and imports the one that serves. Next: native.py, the C++ core for CPUs.
+preference, and imports the one that serves. Next: native.py, the C++ core for CPUs; triton.py for GPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KERNELS = ("native",)  # in the order of preference
+KERNELS = ("native", "triton")  # in the order of preference
 NAMES = (*KERNELS, "reference")
 
 
@@ -76,7 +76,6 @@ def _automatic(device: torch.device, dtype: torch.dtype) -> Serving:
 
 
 _forced = os.environ.get("DISTIL_FAST_BACKEND") or None
-_warned: set[str] = set()
 
 
 def choose(values: Tensor, backend: str | None = None) -> str:
@@ -92,11 +91,16 @@ def choose(values: Tensor, backend: str | None = None) -> str:
 
 def _choose(kind: str, index: int | None, dtype: str, backend: str | None) -> str:
     """`choose` in plain data, so that torch.compile can take the answer as a constant."""
+    return _remembered(kind, index, dtype, backend)
+
+
+@functools.cache
+def _remembered(kind: str, index: int | None, dtype: str, backend: str | None) -> str:
+    """Decided once for each kind of tensor, so that a warning comes once."""
     device = torch.device(kind) if index is None else torch.device(kind, index)
     name, why = serving(device, getattr(torch, dtype), backend)
-    if name == "reference" and backend is None and _forced is None and f"{kind} {dtype}" not in _warned:
-        _warned.add(f"{kind} {dtype}")
-        warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=4)
+    if name == "reference" and backend is None and _forced is None:
+        warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=5)
     return name
 
 

@@ -163,9 +163,10 @@ def _build(name: str, case: Case, problem: Problem) -> Contender:
         raise KeyError(name)
     held_to = name.removeprefix("ours ")
     if held_to in backends.KERNELS:
-        can, why = backends.module(held_to).available(torch.device(case.device), case.dtype)
-        if not can:
-            raise UnavailableError(f"{ABSENT}: {why}")
+        try:
+            backends.serving(case.device, case.dtype, held_to)
+        except ValueError as error:
+            raise UnavailableError(f"{ABSENT}: {error}") from None
         return Contender(case, name, problem, problem.ours, backend=held_to)
     if not _C.use_instruction_set(held_to):
         raise UnavailableError(f"{ABSENT}: the processor has no {held_to}")

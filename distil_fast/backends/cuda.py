@@ -1,0 +1,272 @@
+"""The CUDA kernels, from tensors to pointers: outputs and workspace, the stream, scalars that may stand on the device.
+
+Each function computes exactly one op of ops.py, from arguments that functional.py has checked, and waits for nothing:
+it launches kernels on the current stream and returns. It knows nothing of autograd, and no formula. Next: native.py,
+its twin on the CPU; csrc/core.h.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch  # before _C: see native.py
+from torch import Tensor
+
+from distil_fast import _C, backends
+from distil_fast.backends.layout import (
+    REDUCTION_CODE,
+    TEMPERATURE,
+    address,
+    check_inplace,
+    flat,
+    geometry,
+    raise_fault,
+)
+from distil_fast.backends.native import DIVERGENCE_CODE
+
+OLDEST = (8, 0)  # compute capability
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether these kernels serve such tensors, and why or why not in a sentence."""
+    if device.type != "cuda" or torch.version.hip:
+        return False, "the CUDA kernels are for NVIDIA's GPUs"
+    if dtype not in DTYPES:
+        return False, f"the CUDA kernels have no {str(dtype).removeprefix('torch.')}"
+    if not hasattr(_C, "cuda_devices"):
+        return False, "distil_fast was built without CUDA: install it anew where nvcc is on the PATH"
+    count, why = _C.cuda_devices()
+    if not count:
+        return False, f"CUDA finds no device: {why or 'there is none'}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return False, f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    return True, f"the CUDA kernels, on compute capability {capability[0]}.{capability[1]}"
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def _unit(student: Tensor, grad: Tensor | None) -> Tensor | None:
+    """Where the kernels write the unit of an fp16 gradient."""
+    if grad is None or student.dtype != torch.float16:
+        return None
+    return student.new_empty((), dtype=torch.float32)
+
+
+class _Scalars:
+    """Numbers as they are, tensors by their address on the device; keeps alive what was converted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kept: list[Tensor] = []
+
+    def __call__(self, quantity: float | Tensor) -> tuple[float, int]:
+        if not isinstance(quantity, Tensor):
+            return quantity, 0
+        self.kept.append(quantity.to(self.device, torch.float32, non_blocking=True))
+        return 0.0, self.kept[-1].data_ptr()
+
+    def temperature(self, temperature: float | Tensor) -> tuple[int, tuple[float, int]]:
+        """Per-row temperatures, or one for all."""
+        if not isinstance(temperature, Tensor) or not temperature.dim():
+            return 0, self(temperature)
+        rows = flat(temperature, torch.float32)
+        assert rows is not None
+        self.kept.append(rows)
+        return rows.data_ptr(), (1.0, 0)
+
+
+def _check(fault: Tensor, cols: int, mask_name: str) -> None:
+    """In the checking mode: wait for the kernels' verdict on values that only the device sees."""
+    if backends.checking():
+        found = fault.tolist()
+        if found[0]:
+            raise_fault(found, cols=cols, mask_name=mask_name)
+
+
+def _check_temperature(temperature: float | Tensor, cols: int) -> None:
+    if isinstance(temperature, Tensor) and backends.checking():
+        for row, value in enumerate(temperature.flatten().tolist()):
+            if not 1e-15 <= value <= 1e15:
+                raise_fault((TEMPERATURE, row, value), cols=cols)
+
+
+# ------------------------------------------------------------------------------------------------ the ops
+
+
+def row_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    temperature: float | Tensor,
+    soft_weight: float | Tensor,
+    hard_weight: float | Tensor,
+    soft_count: float | Tensor,
+    hard_count: float | Tensor,
+    ignore_index: int,
+    divergence: str,
+    parameter: float,
+    t_squared: bool,
+    label_smoothing: float,
+    reduction: str,
+    *,
+    gradient: str = "no",
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
+    """Loss, its two terms, the student's gradient and the unit that it is stored in (fp16: a tensor; else 1.0).
+
+    A count of -1 is counted here. gradient: "no", "fresh", or "inplace", which leaves it where the logits were;
+    `upstream` multiplies each row's.
+    """
+    grad = None
+    if gradient != "no":
+        grad = student if gradient == "inplace" else torch.empty_like(student, memory_format=torch.contiguous_format)
+    shape, (student_m, teacher_m, grad_m) = geometry(student, teacher, grad)
+    if gradient == "inplace":
+        check_inplace(student, teacher)
+    leading = student.shape[:-1] if reduction == "none" else ()
+    loss, soft, hard = (student.new_empty(leading, dtype=torch.float32) for _ in range(3))
+    unit = _unit(student, grad)
+    if shape[0] * shape[1] * shape[2] == 0:
+        return loss.zero_(), soft.zero_(), hard.zero_(), grad, 1.0 if unit is None else unit.fill_(1.0)
+    labels = flat(labels, torch.int64)
+    mask_is_bool = soft_mask is not None and soft_mask.dtype == torch.bool
+    soft_mask = flat(soft_mask, torch.bool if mask_is_bool else torch.float32)
+    if upstream is not None:
+        upstream = flat(upstream.expand(student.shape[:-1]), torch.float32)
+    scalars = _Scalars(student.device)
+    workspace = student.new_empty(_C.cuda_row_workspace(shape[0] * shape[1]), dtype=torch.float32)
+    fault = student.new_empty(3, dtype=torch.float64)
+    with _on(student):
+        _C.cuda_row_loss(
+            shape,
+            student_m,
+            teacher_m,
+            grad_m,
+            address(labels),
+            ignore_index,
+            address(soft_mask),
+            mask_is_bool,
+            *scalars.temperature(temperature),
+            scalars(soft_weight),
+            scalars(hard_weight),
+            scalars(soft_count),
+            scalars(hard_count),
+            t_squared,
+            REDUCTION_CODE[reduction],
+            label_smoothing,
+            DIVERGENCE_CODE[divergence],
+            parameter,
+            address(upstream),
+            loss.data_ptr(),
+            soft.data_ptr(),
+            hard.data_ptr(),
+            address(unit),
+            fault.data_ptr(),
+            workspace.data_ptr(),
+            _stream(student),
+        )
+    _check(fault, shape[2], "soft_mask")
+    return loss, soft, hard, grad, 1.0 if unit is None else unit
+
+
+def rescale(grad: Tensor, grad_output: Tensor, unit: float | Tensor) -> None:
+    """grad *= grad_output * unit, in place; nothing is touched where the product is 1."""
+    shape, (grad_m,) = geometry(grad)
+    if shape[0] * shape[1] * shape[2] == 0:
+        return
+    scalars = _Scalars(grad.device)
+    if not isinstance(unit, Tensor) and unit != 1.0:
+        grad_output = grad_output * unit
+    with _on(grad):
+        _C.cuda_rescale(
+            shape,
+            grad_m,
+            scalars(grad_output)[1],
+            address(unit) if isinstance(unit, Tensor) else 0,
+            _stream(grad),
+        )
+
+
+def softmax(logits: Tensor, temperature: float | Tensor, logarithm: bool) -> Tensor:
+    """softmax(logits / temperature), or its logarithm, in the logits' dtype."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    shape, (logits_m, out_m) = geometry(logits, out)
+    _check_temperature(temperature, shape[2])
+    if shape[0] * shape[1] * shape[2]:
+        scalars = _Scalars(logits.device)
+        with _on(logits):
+            _C.cuda_softmax(shape, logits_m, out_m, logarithm, *scalars.temperature(temperature), _stream(logits))
+    return out
+
+
+def softmax_backward(out: Tensor, grad_out: Tensor, temperature: float | Tensor, logarithm: bool) -> Tensor:
+    """The logits' gradient from the output and its gradient."""
+    grad = torch.empty_like(out, memory_format=torch.contiguous_format)
+    grad_out = grad_out.contiguous()  # upstream gradients come with any strides
+    shape, (out_m, grad_out_m, grad_m) = geometry(out, grad_out, grad)
+    if shape[0] * shape[1] * shape[2]:
+        scalars = _Scalars(out.device)
+        with _on(out):
+            _C.cuda_softmax_backward(
+                shape, out_m, grad_out_m, grad_m, logarithm, *scalars.temperature(temperature), _stream(out)
+            )
+    return grad
+
+
+def cosine_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    weight: float | Tensor,
+    count: float | Tensor,
+    reduction: str,
+    *,
+    gradient: bool = False,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:
+    """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in."""
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format) if gradient else None
+    shape, (student_m, teacher_m, grad_m) = geometry(student, teacher, grad)
+    leading = student.shape[:-1] if reduction == "none" else ()
+    loss, term = (student.new_empty(leading, dtype=torch.float32) for _ in range(2))
+    unit = _unit(student, grad)
+    if shape[0] * shape[1] * shape[2] == 0:
+        return loss.zero_(), term.zero_(), grad, 1.0 if unit is None else unit.fill_(1.0)
+    mask_is_bool = mask is not None and mask.dtype == torch.bool
+    mask = flat(mask, torch.bool if mask_is_bool else torch.float32)
+    if upstream is not None:
+        upstream = flat(upstream.expand(student.shape[:-1]), torch.float32)
+    scalars = _Scalars(student.device)
+    workspace = student.new_empty(_C.cuda_row_workspace(shape[0] * shape[1]), dtype=torch.float32)
+    fault = student.new_empty(3, dtype=torch.float64)
+    with _on(student):
+        _C.cuda_cosine_loss(
+            shape,
+            student_m,
+            teacher_m,
+            grad_m,
+            address(mask),
+            mask_is_bool,
+            scalars(weight),
+            scalars(count),
+            REDUCTION_CODE[reduction],
+            address(upstream),
+            loss.data_ptr(),
+            term.data_ptr(),
+            address(unit),
+            fault.data_ptr(),
+            workspace.data_ptr(),
+            _stream(student),
+        )
+    _check(fault, shape[2], "mask")
+    return loss, term, grad, 1.0 if unit is None else unit

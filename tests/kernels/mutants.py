@@ -1,0 +1,189 @@
+"""Plants wrong kernels, one at a time, in a copy of kernels/: the interpreter's tests must fail for each.
+
+    python tests/kernels/mutants.py [part of a name ...]
+
+The repository is not touched: a finder in each process of tests hands out the copy. Next: MUTANTS below;
+test_mutants.py, which runs it all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TIME_LIMIT = 170.0  # seconds for the tests of one mutant
+
+# Run in the process of the tests: the modules of distil_fast.kernels come from the folder named first.
+START = """
+import importlib.util, pathlib, sys, pytest
+folder, *arguments = sys.argv[1:]
+class Copy:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        package, _, module = name.rpartition(".")
+        if package != "distil_fast.kernels":
+            return None
+        return importlib.util.spec_from_file_location(name, pathlib.Path(folder, module + ".py"))
+sys.meta_path.insert(0, Copy)
+import distil_fast.kernels.rows as rows
+assert rows.__file__.startswith(folder), rows.__file__
+sys.exit(pytest.main(arguments))
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One replacement in one file; the old text must occur exactly once."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = "row_loss"
+
+
+MUTANTS = [
+    Mutant("KL's sign turned", "divergences", "gap = q - p", "gap = p - q"),
+    Mutant("KL turned round", "divergences", '"forward_kl": forward_kl', '"forward_kl": reverse_kl'),
+    Mutant("p - q by subtraction where close", "divergences", "tl.where(close, p * (r + tail), gap)", "gap"),
+    Mutant(
+        "JSD's beta swapped",
+        "divergences",
+        "tl.where(q_larger, parameter, other)",
+        "tl.where(q_larger, other, parameter)",
+    ),
+    Mutant("TwoSum dropped", "maths", "tl.where(lost == lost, lost, 0.0)", "0.0"),
+    Mutant("T dropped from the sums", "rows", "k = (1.0 / temperature) * LOG2E", "k = LOG2E"),
+    Mutant("T dropped from the gradient", "rows", "soft_weight_ * scale * inverse_t", "soft_weight_ * scale"),
+    Mutant("T^2 dropped", "prologue", "share *= t * t", "share *= 1.0"),
+    Mutant("projection dropped", "rows", "of_g * (g - q * g_sum)", "of_g * g"),
+    Mutant(
+        "1 - p by subtraction",
+        "rows",
+        "weight * (smoothing - rest / z)",
+        "weight * (smoothing + ((z - rest) / z - 1.0))",
+    ),
+    Mutant("smoothing dropped from the gradient", "rows", "-weight * smoothing / cols", "0.0 * weight"),
+    Mutant("square taken for the exponential", "sums", "tl.where(kind == SQUARE, e * e, e)", "e"),
+    Mutant("maxima not merged", "sums", "z * tl.exp2((m - top) * k) + tl.sum(tl.exp2", "z + tl.sum(tl.exp2"),
+    Mutant(
+        "tail mask missing",
+        "tiles",
+        "inside = (first >= lead) & (first + VEC <= lead + cols)",
+        "inside = (first >= lead) & (first < lead + cols)",
+    ),
+    Mutant(
+        "head mask missing",
+        "tiles",
+        "inside = (first >= lead) & (first + VEC <= lead + cols)",
+        "inside = first + VEC <= lead + cols",
+    ),
+    Mutant("ends of rows dropped", "tiles", "(once & ~whole)[:, None]", "(once & ~whole & (end > 1))[:, None]"),
+    Mutant("a single group counted twice", "tiles", "once = (end == 0) | (last > 0)", "once = end >= 0"),
+    Mutant(
+        "offsets of 32 bits",
+        "tiles",
+        "start.to(tl.int64) + (row // inner) * outer_stride + (row % inner) * row_stride",
+        "start + ((row // inner) * outer_stride + (row % inner) * row_stride).to(tl.int32)",
+    ),
+    Mutant("ignore_index ignored", "prologue", "given = inside & (label != ignore_index)", "given = inside"),
+    Mutant(
+        "a term's denominator swapped",
+        "prologue",
+        "hard_share = tl.where(given, hard_scale, 0.0)",
+        "hard_share = tl.where(given, soft_scale, 0.0)",
+    ),
+    Mutant("a given count ignored", "prologue", "given = tl.where(given < 0.0, counted, given)", "given = counted"),
+    Mutant("fp16 unit not applied", "rows", "scale = 1.0 / tl.load(unit)", "scale = 1.0"),
+    Mutant(
+        "no soft weight in the gradient", "prologue", "soft_share * scalar(soft_weight) * factor", "soft_share * factor"
+    ),
+    Mutant(
+        "upstream ignored",
+        "prologue",
+        "factor *= tl.load(upstream + row, mask=inside, other=0.0).to(tl.float32)",
+        "factor *= 1.0",
+    ),
+    Mutant("negative labels pass", "prologue", "((label < 0) | (label >= cols))", "(label >= cols)", "conventions"),
+    Mutant(
+        "rows at fault share nothing",
+        "prologue",
+        'tl.where(fault_here & has_hard, float("nan"), hard_share)',
+        "tl.where(fault_here, 0.0, hard_share)",
+        "conventions",
+    ),
+    Mutant(
+        "unused rows' gradient not written",
+        "rows",
+        "    elif grad is not None:\n        write_zeros",
+        "    elif rows < 0:\n        write_zeros",
+        "conventions",
+    ),
+    Mutant(
+        "the teacher of unused rows read",
+        "rows",
+        "inside & used, VEC, ALIGNED_T)",
+        "inside, VEC, ALIGNED_T)\n        t = t + 0.0 * t",
+        "conventions",
+    ),
+    Mutant(
+        "0 times infinity", "maths", "tl.where(weight == 0.0, 0.0, weight * factor)", "weight * factor", "conventions"
+    ),
+    Mutant("softmax: projection dropped", "softmax", "y * (u - total) * inverse_t", "y * u * inverse_t", "softmax"),
+    Mutant(
+        "log_softmax: T dropped", "softmax", "(x - ref) * inverse_t - tl.log(z)", "(x - ref) - tl.log(z)", "softmax"
+    ),
+    Mutant(
+        "cosine: 1 - cos by subtraction", "hidden", "value = 0.5 * (ee + EPS / ss + EPS / tt)", "value = -ue", "softmax"
+    ),
+    Mutant("cosine: along u dropped", "hidden", "of_u = of_e * (EPS / ss - ue)", "of_u = of_e * 0.0", "softmax"),
+    Mutant("rescale without the unit", "rescale", "scalar(grad_output) * scalar(unit)", "scalar(grad_output) * 1.0"),
+]
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether all tests pass with the mutant planted."""
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = Path(folder) / "kernels"
+        shutil.copytree(ROOT / "kernels", kernels, ignore=shutil.ignore_patterns("__pycache__"))
+        path = kernels / f"{mutant.file}.py"
+        text = path.read_text()
+        assert text.count(mutant.old) == 1, f"{mutant.name}: {text.count(mutant.old)} places in {path.name}"
+        path.write_text(text.replace(mutant.old, mutant.new))
+        tests = ["-q", "-x", "-W", "ignore::RuntimeWarning", f"tests/kernels/interpreted_{mutant.tests}.py"]
+        done = subprocess.run(
+            [sys.executable, "-c", START, str(kernels), *tests],
+            cwd=ROOT,
+            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+        )
+    crashed = done.returncode == -signal.SIGSEGV  # on what an address out of bounds holds
+    assert crashed or done.returncode in (0, 1), done.stdout + done.stderr  # anything else is no verdict
+    assert crashed or " passed" in done.stdout or "FAILED" in done.stdout, done.stdout + done.stderr
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    survivors = []
+    for mutant in MUTANTS:
+        if names and not any(name in mutant.name for name in names):
+            continue
+        start = time.monotonic()
+        lives = survives(mutant)
+        print(f"{'SURVIVES' if lives else 'caught':9} {mutant.name}  ({time.monotonic() - start:.0f} s)", flush=True)
+        survivors += [mutant.name] * lives
+    return len(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,269 @@
+"""What the compiled kernels take, on GPUs that are not there: no spills, bounded registers, 128-bit loads at any V.
+
+Compiles for two NVIDIA and two AMD architectures; nothing is run. Rows have 30523 columns and begin anywhere, which
+leaves a plain masked kernel with loads of 2 bytes. Next: aot.py, which compiles; kernels/launch.py, the launch shapes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from distil_fast.backends import triton as backend
+from distil_fast.kernels.divergences import CENTRED, DIVERGENCES
+from tests.kernels import aot
+from tests.kernels.aot import HALVES, TARGETS, Launch
+
+MIXES = list(itertools.product(HALVES, repeat=2))
+REGISTERS = {"cuda": 80, "hip": 136}  # three blocks of 256 threads on a multiprocessor; three waves on a SIMD
+NARROW = 20  # loads in the code of a kernel that are not 16 bytes: scalars, and the ends of rows
+BF16 = torch.bfloat16
+FIRST = ("sm_90", "gfx942")  # the others are slow tests
+
+
+def check(launch: Launch, target: str, reads: int, itemsizes: int, stores: int = 0) -> None:
+    """reads: of each tensor, a tile at a time; itemsizes: the tensors' sum. A thread has 8 elements of a tile."""
+    used = aot.compile_for(launch, target)
+    where = f"{launch.name} for {target}: {used}"
+    assert used.spilled == 0, where
+    assert used.registers <= REGISTERS[TARGETS[target].backend], where
+    assert used.wide_loads >= reads * itemsizes // 2, where
+    assert used.narrow_loads <= NARROW, where
+    assert used.wide_stores >= stores // 2, where
+
+
+def check_rows(target: str, mix: Any, divergence: str, terms: tuple[float, float], gradient: str) -> None:
+    _, launch, _ = aot.row_loss(*mix, divergence, terms, gradient=gradient, target=target)
+    soft, _hard = terms
+    writes = gradient != "no"
+    student, teacher = (dtype.itemsize for dtype in mix)
+    if not soft:
+        check(launch, target, 1 + writes, student, writes * student)
+        return
+    reads = 2 + writes * (1 + (divergence in CENTRED))  # the centre is the gradient's alone
+    check(launch, target, reads, student + teacher, writes * student)
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+def targets(slow: bool) -> Any:
+    marks = {name: () if name in FIRST and not slow else (pytest.mark.slow,) for name in TARGETS}
+    return pytest.mark.parametrize("target", [pytest.param(name, marks=marks[name]) for name in TARGETS])
+
+
+@targets(slow=False)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_row_kernel(divergence: str, target: str) -> None:
+    check_rows(target, (BF16, BF16), divergence, (0.5, 0.5), "fresh")
+
+
+@targets(slow=False)
+def test_row_kernel_in_float32(target: str) -> None:
+    check_rows(target, (torch.float32, torch.float32), "forward_kl", (0.5, 0.5), "inplace")
+    check_rows(target, (torch.float32, torch.float32), "forward_kl", (0.0, 0.5), "fresh")
+
+
+@targets(slow=True)
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_row_kernel_of_every_kind(mix: Any, target: str) -> None:
+    """Divergences x dtypes; and of one mix a student's dtype, all terms, with and without a gradient."""
+    for divergence in DIVERGENCES:
+        check_rows(target, mix, divergence, (0.5, 0.5), "fresh")
+    if mix[0] == mix[1]:
+        for divergence, gradient in itertools.product(DIVERGENCES, ("no", "fresh")):
+            check_rows(target, mix, divergence, (0.5, 0.0), gradient)
+            check_rows(target, mix, divergence, (0.5, 0.5), "no")
+        for gradient in ("no", "fresh"):
+            check_rows(target, mix, "forward_kl", (0.0, 0.5), gradient)
+
+
+@targets(slow=True)
+@pytest.mark.parametrize("cols", [99, 300, 1001])
+def test_row_kernel_of_shorter_rows(cols: int, target: str) -> None:
+    _, launch, _ = aot.row_loss(BF16, BF16, cols=cols, target=target)
+    check(launch, target, 3, 4, 2)
+
+
+@targets(slow=True)
+def test_rows_that_are_not_congruent(target: str) -> None:
+    """The first sweeps read both models in full width all the same; later, from L2, the teacher alone is narrow."""
+    _, launch, _ = aot.row_loss(BF16, BF16, padding=1, target=target)
+    assert not launch.kwargs["ALIGNED_T"]
+    used = aot.compile_for(launch, target)
+    assert used.spilled == 0
+    assert used.registers <= REGISTERS[TARGETS[target].backend]
+    assert used.wide_loads >= 4
+    assert used.wide_stores >= 1
+
+
+@targets(slow=False)
+def test_the_kernels_of_one_program(target: str) -> None:
+    prologue, _, reduction = aot.row_loss(BF16, BF16, target=target)
+    weights, _, reduction_with_unit, _ = aot.cosine(torch.float16, BF16, target=target)
+    for launch in (prologue, reduction, weights, reduction_with_unit):
+        used = aot.compile_for(launch, target)
+        assert used.spilled == 0, f"{launch.name}: {used}"
+        assert used.registers <= REGISTERS[TARGETS[target].backend], f"{launch.name}: {used}"
+
+
+@targets(slow=False)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=() if d == BF16 else pytest.mark.slow) for d in HALVES], ids=str
+)
+def test_softmax_cosine_and_rescale(dtype: torch.dtype, target: str) -> None:
+    size = dtype.itemsize
+    for logarithm in (False, True):
+        forward, backward = aot.softmaxes(dtype, logarithm, target)
+        check(forward, target, 2, size, size)
+        check(backward, target, 1, (3 if logarithm else 4) * size, size)
+    for other in HALVES:
+        cosine = next(x for x in reversed(aot.cosine(dtype, other, target=target)) if x.name == "cosine_kernel")
+        check(cosine, target, 3, size + other.itemsize, size)
+    check(aot.rescale(dtype, target)[0], target, 1, size, size)
+
+
+def test_a_plain_mask_would_have_shown() -> None:
+    """The counts see what they are for: rows that are not congruent have their loads one element at a time."""
+    _, aligned, _ = aot.row_loss(BF16, BF16)
+    _, other, _ = aot.row_loss(BF16, BF16, padding=1)
+    assert aot.compile_for(other, "sm_90").narrow_loads >= aot.compile_for(aligned, "sm_90").narrow_loads + 16
+
+
+# ------------------------------------------------------------------------------------------------ launches
+
+
+def test_number_of_launches() -> None:
+    """With backward's rescaling four at most; five for an fp16 gradient of the cosine loss."""
+    names = ["prologue_kernel", "row_kernel", "reduction_kernel"]
+    assert [x.name for x in aot.row_loss(torch.float16, BF16)] == names
+    assert [x.name for x in aot.row_loss(BF16, BF16, upstream=torch.ones(4))] == names
+    cosine = ["prologue_kernel", "cosine_kernel", "reduction_kernel"]
+    assert [x.name for x in aot.cosine(BF16, BF16)] == cosine
+    assert [x.name for x in aot.cosine(torch.float16, BF16)] == [*cosine, "cosine_kernel"]
+    empty = torch.empty(0, 30)
+    grid = aot.record(lambda: backend.softmax(empty, 2.0, False))
+    assert grid == []
+
+
+def keys(rows: int, cols: int, divergence: str, numbers: tuple[float, ...], parameter: float, ignore: int) -> list[Any]:
+    temperature, soft, hard, soft_count, hard_count, smoothing = numbers
+    x, labels = torch.empty(rows, cols, dtype=BF16), torch.zeros(rows, dtype=torch.int64)
+    call = aot.record(
+        lambda: (
+            backend.row_loss(
+                x, x, labels, None, temperature, soft, hard, soft_count, hard_count, ignore, divergence, parameter,
+                True, smoothing, "mean", gradient="fresh",
+            ),
+            backend.softmax(x, temperature, False),
+            backend.softmax_backward(x, x, temperature, False),
+            backend.cosine_loss(x, x, None, soft, soft_count, "mean", gradient=True),
+            backend.rescale(x, torch.ones(()), soft),
+        )
+    )  # fmt: skip
+    return [aot.cache_key(launch) for launch in call]
+
+
+def test_nothing_is_compiled_again_for_other_numbers() -> None:
+    """Another temperature, weight, count, smoothing, parameter, ignore_index, number of rows, or length of rows that
+    have the same launch shape: also 1, and multiples of 16, which Triton specialises unless told not to."""
+    first = keys(7, 30522, "jsd", (2.0, 0.5, 0.5, -1.0, -1.0, 0.1), 0.5, -100)
+    assert len(first) == len(set(first)) == 9  # with a prologue and a reduction each for two losses
+    assert keys(7, 30522, "jsd", (3.7, 1.0, 16.0, 1.0, 0.0, 0.0), 0.9, -100) == first
+    assert keys(1, 30522, "jsd", (1.0, 0.25, 2.0, 32.0, 7.0, 0.0), 0.1, 1) == first
+    assert keys(64, 32768, "jsd", (2.0, 0.5, 0.5, -1.0, -1.0, 1.0), 0.5, 0) == first
+    assert keys(5, 50257, "jsd", (1, 2, 1, 16, 16, 0), 0.5, 16) == first
+    assert keys(7, 30522, "forward_kl", (2.0, 0.5, 0.5, -1.0, -1.0, 0.1), 0.5, -100) != first
+
+
+LAYOUTS: list[tuple[int, int, int]] = [(0, 0, 0), (1, 0, 0), (3, 5, 7), (8, 8, 8), (0, 8, 16), (4, 4, 4), (0, 0, 4)]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_rows_said_to_be_congruent_are(mix: Any) -> None:
+    """The interpreter does not see a lie about alignment, a GPU faults on it: from the addresses of all rows."""
+    congruent = 0
+    for s_layout, t_layout in itertools.product(LAYOUTS, repeat=2):
+        student, teacher = (placed(d, *layout) for d, layout in zip(mix, (s_layout, t_layout), strict=True))
+        launch, grad = recorded(student, teacher)
+        group = launch.kwargs["VEC"]
+        heads = [launch.args[i] for i in (0, 4, 8)]
+        assert all(head.data_ptr() % 16 == 0 for head in heads)
+        for tensor, flag, at in ((student, "ALIGNED_S", 0), (teacher, "ALIGNED_T", 4)):
+            head, start = launch.args[at], launch.args[at + 1]
+            assert head.data_ptr() + start * tensor.element_size() == tensor.data_ptr()
+            apart = {(places(tensor, o, r) - places(grad, o, r)) % group for o in range(2) for r in range(3)}
+            assert launch.kwargs[flag] == (apart == {0}), f"{flag} {s_layout} {t_layout}"
+            congruent += launch.kwargs[flag]
+    assert 10 < congruent < 2 * len(LAYOUTS) ** 2
+
+
+def recorded(student: torch.Tensor, teacher: torch.Tensor) -> tuple[Launch, torch.Tensor]:
+    """The row kernel's launch, and the gradient that it would have written."""
+    made: list[Any] = []
+    args = (None, None, 2.0, 1.0, 0.0, -1.0, -1.0, -100, "forward_kl", 0.0, True, 0.0, "mean")
+    _, launch, _ = aot.record(lambda: made.extend(backend.row_loss(student, teacher, *args, gradient="fresh")))
+    return launch, made[3]
+
+
+def test_nothing_is_compiled_again_for_scalars_elsewhere_in_memory() -> None:
+    """0-d tensors out of a packed vector, and masks and labels that begin anywhere."""
+    x, vector, integers = torch.empty(8, 99), torch.arange(32.0), torch.arange(32)
+
+    def launches(at: int) -> list[Any]:
+        scalars = [vector[at + i] for i in range(5)]
+        labels, mask = integers[at : at + 8], vector[at : at + 8]
+        args = (*scalars, -100, "forward_kl", 0.0, True, 0.0, "none")
+        calls = aot.record(
+            lambda: (
+                backend.row_loss(x, x, labels, mask, *args, gradient="fresh", upstream=vector[at : at + 8]),
+                backend.rescale(x, vector[at], vector[at + 1]),
+                backend.softmax(x, vector[at : at + 8], True),
+                backend.cosine_loss(x, x, mask, scalars[1], scalars[2], "mean"),
+            )
+        )
+        return [aot.cache_key(launch) for launch in calls]
+
+    assert launches(0) == launches(1) == launches(6)
+
+
+def placed(dtype: torch.dtype, offset: int, gap: int, outer_gap: int) -> torch.Tensor:
+    """[2, 3, 40] in a storage of its own, `offset` elements from its beginning."""
+    strides = (3 * (40 + gap) + outer_gap, 40 + gap, 1)
+    return torch.empty(512 + offset, dtype=dtype).as_strided((2, 3, 40), strides, offset)
+
+
+def places(tensor: torch.Tensor, outer: int, row: int) -> int:
+    """A row's address, in elements."""
+    return tensor[outer, row].data_ptr() // tensor.element_size()
+
+
+def test_availability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert backend.available(gpu, BF16)[0]
+    assert backend.available(gpu, torch.float64) == (
+        False,
+        "Triton kernels serve float32, float16 and bfloat16, not torch.float64",
+    )
+    assert not backend.available(cpu, BF16)[0]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.available(cpu, BF16)[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    can, why = backend.available(gpu, BF16)
+    assert not can
+    assert "pip install triton" in why
+
+
+def test_groups_fill_16_bytes() -> None:
+    from distil_fast.kernels import launch
+
+    assert [launch.group_of(4, 4), launch.group_of(2, 4), launch.group_of(2)] == [4, 8, 8]
+    for wave, cols in itertools.product((32, 64), (1, 512, 513, 2048, 30522, math.inf)):
+        options = launch.options_for_rows(cols, wave)
+        threads = options["num_warps"] * wave
+        assert options["BLOCK"] == 8 * threads
