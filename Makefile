@@ -12,6 +12,7 @@ setup: $(VENV)/.installed
 
 # Stamped by what the environment is made of; sources in Python need no reinstall, those in C++ do.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit("distil_fast needs Python 3.10 or newer") if sys.version_info < (3, 10) else 0'
@@ -47,14 +48,14 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/mypy
 	! grep -rnE '#include *[<"](torch|ATen|c10)/' csrc
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(NATIVE)
 
 wheel: setup
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

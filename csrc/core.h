@@ -104,6 +104,56 @@ struct CosineLoss {
 
 Fault cosine_loss_cpu(const CosineLoss& call);
 
+// ---- CUDA: present where nvcc was when this was built. Pointers are the device's; `numbers` says the rest, and what is a
+// pointer beside it stands, where it is not null, for the number of its name. A call launches kernels on `stream` of
+// the current device, waits for nothing, and returns null or what kept it from launching.
+// Values at fault stop nothing: their row's loss is nan and its gradient 0.
+struct CudaRowLoss {
+  RowLoss numbers;
+  const float *temperature = nullptr, *soft_weight = nullptr, *hard_weight = nullptr, *soft_count = nullptr,
+              *hard_count = nullptr;
+  float* unit = nullptr;       // out
+  double* fault = nullptr;     // out [3]: kind, row, value
+  float* workspace = nullptr;  // [row_workspace_cuda(rows)]
+  void* stream = nullptr;
+};
+
+int64_t row_workspace_cuda(int64_t rows);
+const char* row_loss_cuda(const CudaRowLoss& call);
+
+// grad *= grad_output * unit, both of them on the device; where the product is 1, grad is not touched.
+struct CudaRescale {
+  Rescale numbers;
+  const float *grad_output = nullptr, *unit = nullptr;  // unit null: 1
+  void* stream = nullptr;
+};
+
+const char* rescale_cuda(const CudaRescale& call);
+
+template <class Call>
+struct CudaTemperature {
+  Call numbers;
+  const float* temperature = nullptr;
+  void* stream = nullptr;
+};
+
+const char* softmax_cuda(const CudaTemperature<Softmax>& call);
+const char* softmax_backward_cuda(const CudaTemperature<SoftmaxBackward>& call);
+
+struct CudaCosineLoss {
+  CosineLoss numbers;
+  const float *weight = nullptr, *count = nullptr;
+  float* unit = nullptr;
+  double* fault = nullptr;
+  float* workspace = nullptr;
+  void* stream = nullptr;
+};
+
+const char* cosine_loss_cuda(const CudaCosineLoss& call);
+
+// How many devices there are, or, where they cannot be asked, 0 and why.
+int devices_cuda(const char** why);
+
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". Choosing one that the processor
 // lacks returns false.
 const char* instruction_set();

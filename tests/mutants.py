@@ -192,6 +192,7 @@ class Copy:
         options = [
             "SKBUILD=ON",
             "CMAKE_BUILD_TYPE=Release",
+            "DISTIL_FAST_CUDA=OFF",
             f"Python_EXECUTABLE={sys.executable}",
             f"pybind11_DIR={pybind11}",
         ]

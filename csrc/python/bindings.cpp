@@ -12,6 +12,7 @@
 #include "../core.h"
 #include "../cpu/buffers.h"
 #include "../divergences.h"
+#include "bindings_cuda.h"
 
 namespace py = pybind11;
 using namespace distil_fast;
@@ -166,4 +167,7 @@ PYBIND11_MODULE(_C, m) {
 #define DISTIL_FAST_NAME(name, Functor) #name,
   m.attr("DIVERGENCES") = std::vector<std::string>{DISTIL_FAST_DIVERGENCES(DISTIL_FAST_NAME)};
 #undef DISTIL_FAST_NAME
+#ifdef DISTIL_FAST_HAS_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -1,7 +1,7 @@
 """Which implementation serves a tensor, and why: by device and dtype, by what is installed, or as the caller says.
 
 A backend is a module of this folder with one function for each op; this file knows their names, in the order of
-preference, and imports the one that serves. Next: native.py, the C++ core for CPUs; triton.py for GPUs.
+preference, and imports the one that serves. Next: native.py, the C++ core for CPUs; cuda.py and triton.py for GPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KERNELS = ("native", "triton")  # in the order of preference
+KERNELS = ("native", "cuda", "triton")  # in the order of preference
 NAMES = (*KERNELS, "reference")
 
 
