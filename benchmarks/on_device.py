@@ -103,7 +103,13 @@ def test(runner: Runner) -> bool:
     """The CPU's test matrix with its tensors on the GPU, once for each backend."""
     pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", *TESTS]
     ended = [
-        runner.run(f"test {name}", pytest, DISTIL_FAST_TEST_DEVICE="cuda", DISTIL_FAST_BACKEND=name)
+        runner.run(
+            f"test {name}",
+            pytest,
+            DISTIL_FAST_TEST_DEVICE="cuda",
+            DISTIL_FAST_BACKEND=name,
+            DISTIL_FAST_CHECK="1",  # values at fault raise, as the tests expect of the CPU
+        )
         for name in BACKENDS
     ]
     return all(ended)

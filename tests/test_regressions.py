@@ -136,7 +136,7 @@ def test_labels_follow_their_rows_through_views() -> None:
     for start in range(0, 10, 3):
         chunk = slice(start, start + 3)
         part = calls.by_autograd(student[:, chunk], teacher[:, chunk], labels[:, chunk], reduction="sum").grad
-        assert torch.equal(part, whole[:, chunk])
+        assert relative(part, whole[:, chunk]) < 1e-6
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
