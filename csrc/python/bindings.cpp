@@ -1,5 +1,5 @@
-// bindings.cpp: the doorway: integers in, a fault or nothing out, the GIL released. The only file that knows
-// Python. It trusts its one caller, distil_fast/backends/native.py, with what the pointers are. Next:
+// bindings.cpp: the doorway: integers in, a fault or nothing out, the GIL released. Knows Python, and what a
+// call looks like. It trusts its one caller, distil_fast/backends/native.py, with what the pointers are. Next:
 // ../core.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../core.h"
 #include "../cpu/buffers.h"
 #include "../divergences.h"
+#include "arguments.h"
 #include "bindings_cuda.h"
 
 namespace py = pybind11;
@@ -19,24 +19,7 @@ using namespace distil_fast;
 
 namespace {
 
-using Shape = std::tuple<int64_t, int64_t, int64_t>;                  // outer, inner, cols
-using MatrixArgs = std::tuple<uintptr_t, int32_t, int64_t, int64_t>;  // pointer, dtype, outer stride, row stride
-using Result = std::tuple<int32_t, int64_t, double, double>;          // kind (0: nothing wrong), row, value; unit
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Matrix matrix(const std::optional<MatrixArgs>& m) {
-  if (!m) return {};
-  return {pointer(std::get<0>(*m)), static_cast<DType>(std::get<1>(*m)), std::get<2>(*m), std::get<3>(*m)};
-}
-
-template <class Call>
-void set_shape(Call& call, const Shape& shape) {
-  std::tie(call.outer, call.inner, call.cols) = shape;
-}
+using Result = std::tuple<int32_t, int64_t, double, double>;  // kind (0: nothing wrong), row, value; unit
 
 Result result(const Fault& fault, double unit = 1.0) {
   return {static_cast<int32_t>(fault.kind), fault.row, fault.value, unit};

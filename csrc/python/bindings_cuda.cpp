@@ -2,43 +2,22 @@
 // trusts its one caller, distil_fast/backends/cuda.py, with what the pointers are. Next: ../core.h.
 #include "bindings_cuda.h"
 
-#include <pybind11/stl.h>
-
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 
-#include "../core.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 
 namespace distil_fast {
 namespace {
 
-using Shape = std::tuple<int64_t, int64_t, int64_t>;                  // outer, inner, cols
-using MatrixArgs = std::tuple<uintptr_t, int32_t, int64_t, int64_t>;  // pointer, dtype, outer stride, row stride
-using Quantity = std::pair<double, uintptr_t>;                        // a number, or where it stands on the device
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Matrix matrix(const std::optional<MatrixArgs>& m) {
-  if (!m) return {};
-  return {pointer(std::get<0>(*m)), static_cast<DType>(std::get<1>(*m)), std::get<2>(*m), std::get<3>(*m)};
-}
+using Quantity = std::pair<double, uintptr_t>;  // a number, or where it stands on the device
 
 void set(double& number, const float*& device, const Quantity& q) {
   number = q.first;
   device = pointer<const float>(q.second);
-}
-
-template <class Call>
-void set_shape(Call& call, const Shape& shape) {
-  std::tie(call.outer, call.inner, call.cols) = shape;
 }
 
 template <class Call>
