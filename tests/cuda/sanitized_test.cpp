@@ -65,7 +65,7 @@ void set_shape(Numbers& c, int64_t cols) {
 void row_loss(int64_t cols, DType dtype, DType teacher_dtype, bool inplace, double t) {
   const std::string what = "row loss, " + std::to_string(cols) + " columns";
   const double relative = dtype == DType::f32 ? 1e-5 : 1e-2;
-  Values s(cols, cols, dtype, 1), p(cols, cols + 3, teacher_dtype, 2), grad(cols, cols, dtype, 3);
+  Values s(cols, cols, dtype, 1), p(cols, cols + 3, teacher_dtype, 2), grad(cols, cols + 1, dtype, 3);
   const Values student = s;
   std::vector<int64_t> labels = {0, cols - 1, -100, cols / 2};
   std::vector<float> workspace(row_workspace_cuda(rows));

@@ -77,7 +77,6 @@ class Bug:
 AGAIN = "#pragma unroll\n    for (int k = 0; k < n; ++k) v[k] = total[k];"
 ALIGNED = "(reinterpret_cast<uintptr_t>(from) - slice.shift * size) % 16 == 0"
 RELEASE = "    if (count) hw::Arrival::release();\n"
-STORE = "if (aligned_ && i >= 0 && i + W <= slice.n) {\n      store"
 TAIL = "for (int i = tail + hw::thread(); i < slice.n;"
 BUGS = {
     "no barrier before a block's total": Bug("reduce.cuh", "hw::sync();\n    if (thread < 32)", "if (thread < 32)"),
@@ -99,7 +98,6 @@ BUGS = {
     "columns before the first not masked": Bug("stage.cuh", "(thread < slice.shift)", "(thread < slice.shift - 1)"),
     "misaligned copies": Bug("stage.cuh", ALIGNED, "true"),
     "a column too many": Bug("slice.cuh", "W - shift, cols);", "W - shift, cols + 1);"),
-    "alignment taken for granted": Bug("slice.cuh", STORE, STORE.replace("aligned_ && ", "")),
 }
 
 
