@@ -102,7 +102,7 @@ class CosineBody {
 
  private:
   DISTIL_FAST_DEVICE Sink<S> sink(int row, const Slice& slice) const {
-    return Sink<S>(const_cast<char*>(row_at(a_.grad, row, a_.inner)) + slice.begin * sizeof(S));
+    return {const_cast<char*>(row_at(a_.grad, row, a_.inner)) + slice.begin * sizeof(S), slice};
   }
 
   // f(group, student, teacher) for this thread's groups; columns outside of the slice are 0.

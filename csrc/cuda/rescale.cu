@@ -27,7 +27,7 @@ rescale_kernel(DISTIL_FAST_ARGS(RescaleArgs) a) {
     const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(S));
     const Slice slice{0, static_cast<int>(a.cols), shift, static_cast<int>(over(a.cols + shift, W))};
     const Source<S, W> from(row, slice);
-    const Sink<S> to(row);
+    const Sink<S> to(row, slice);
     const int first = static_cast<int>(task % parts) * rescale_groups;
     const int last = static_cast<int>(smaller(first + rescale_groups, slice.groups));
     for (int g = first + hw::thread(); g < last; g += hw::threads()) {

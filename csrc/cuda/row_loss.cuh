@@ -103,7 +103,8 @@ class RowLossBody {
 
   // Where the slice begins is found anew: kept from the start of the row, it would cost two registers.
   DISTIL_FAST_DEVICE Sink<S> sink(int row, const Slice& slice) const {
-    return Sink<S>(const_cast<char*>(row_at(a_.grad, row, a_.inner)) + slice.begin * sizeof(S));
+    const char* at = row_at(a_.grad, row, a_.inner);
+    return {const_cast<char*>(at) + slice_of<S>(at, a_.cols).begin * sizeof(S), slice};
   }
 
   DISTIL_FAST_DEVICE static bool leads() { return hw::rank() == 0 && hw::thread() == 0; }

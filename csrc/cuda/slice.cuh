@@ -87,15 +87,18 @@ class Staged {
   const T* at_;
 };
 
-// A slice of the array that is written, and whose alignment is the slice's: whole groups are always aligned.
+// A slice of the array that is written. Rows are sliced by its own alignment, so its whole groups are aligned; without
+// the question ptxas 13.0 spills in the kernels of sm_90a.
 template <class S>
 class Sink {
  public:
   static constexpr int W = group_size<S>;
-  DISTIL_FAST_DEVICE explicit Sink(void* at) : at_(static_cast<S*>(at)) {}
+  DISTIL_FAST_DEVICE Sink(void* at, const Slice& slice) : at_(static_cast<S*>(at)) {
+    aligned_ = (reinterpret_cast<uintptr_t>(at) - slice.shift * sizeof(S)) % 16 == 0;
+  }
   DISTIL_FAST_DEVICE void store(const Slice& slice, int group, const float* from) const {
     const int i = group * W - slice.shift;
-    if (i >= 0 && i + W <= slice.n) {
+    if (aligned_ && i >= 0 && i + W <= slice.n) {
       store_values(from, at_ + i);
     } else {
 #pragma unroll
@@ -112,6 +115,7 @@ class Sink {
 
  private:
   S* at_;
+  bool aligned_;
 };
 
 }  // namespace distil_fast::cuda

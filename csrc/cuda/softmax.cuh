@@ -42,7 +42,7 @@ class SoftmaxRows {
 
  protected:
   DISTIL_FAST_DEVICE Sink<S> sink(int row, const Slice& slice) const {
-    return Sink<S>(const_cast<char*>(row_at(a_.out, row, a_.inner)) + slice.begin * sizeof(S));
+    return {const_cast<char*>(row_at(a_.out, row, a_.inner)) + slice.begin * sizeof(S), slice};
   }
   // f(group) for this thread's groups
   template <class F>
