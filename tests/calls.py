@@ -64,6 +64,26 @@ def by_autograd(
     return Result(_values(terms), grad.cpu())
 
 
+def after_labels(labels: Tensor | None, settings: dict[str, Any]) -> tuple[Any, ...]:
+    """A backend's arguments behind the labels, from distillation_loss's names and defaults."""
+    divergence = reference.as_divergence(settings.get("divergence", "forward_kl"))
+    hard_weight = settings.get("hard_weight")
+    return (
+        settings.get("soft_mask"),
+        settings.get("temperature", 2.0),
+        settings.get("soft_weight", 1.0),
+        (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight,
+        -1.0 if settings.get("soft_count") is None else settings["soft_count"],
+        -1.0 if settings.get("hard_count") is None else settings["hard_count"],
+        settings.get("ignore_index", -100),
+        divergence.name,
+        divergence.parameter,
+        settings.get("t_squared", True),
+        settings.get("label_smoothing", 0.0),
+        settings.get("reduction", "mean"),
+    )
+
+
 def by_backend(
     student: Tensor,
     teacher: Tensor | None,
@@ -79,24 +99,11 @@ def by_backend(
     if backend is None:
         backend = backends.module(backends.serving(DEVICE, student.dtype).name)
     settings = {name: there(value) for name, value in settings.items()}
-    divergence = reference.as_divergence(settings.get("divergence", "forward_kl"))
-    hard_weight = settings.get("hard_weight")
     loss, soft, hard, grad, unit = backend.row_loss(
         there(student),
         there(teacher),
         there(labels),
-        settings.get("soft_mask"),
-        settings.get("temperature", 2.0),
-        settings.get("soft_weight", 1.0),
-        (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight,
-        -1.0 if settings.get("soft_count") is None else settings["soft_count"],
-        -1.0 if settings.get("hard_count") is None else settings["hard_count"],
-        settings.get("ignore_index", -100),
-        divergence.name,
-        divergence.parameter,
-        settings.get("t_squared", True),
-        settings.get("label_smoothing", 0.0),
-        settings.get("reduction", "mean"),
+        *after_labels(labels, settings),
         gradient=gradient,
         upstream=there(upstream),
     )

@@ -7,26 +7,21 @@ its twin on the CPU; csrc/core.h.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch  # before _C: see native.py
 from torch import Tensor
 
-from distil_fast import _C, backends
+from distil_fast import _C
+from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
 from distil_fast.backends.layout import (
     REDUCTION_CODE,
-    TEMPERATURE,
     address,
     check_inplace,
     flat,
     geometry,
-    raise_fault,
 )
 from distil_fast.backends.native import DIVERGENCE_CODE
 
 OLDEST = (8, 0)  # compute capability
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -44,10 +39,6 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     if capability < OLDEST:
         return False, f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     return True, f"the CUDA kernels, on compute capability {capability[0]}.{capability[1]}"
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _stream(tensor: Tensor) -> int:
@@ -82,21 +73,6 @@ class _Scalars:
         assert rows is not None
         self.kept.append(rows)
         return rows.data_ptr(), (1.0, 0)
-
-
-def _check(fault: Tensor, cols: int, mask_name: str) -> None:
-    """In the checking mode: wait for the kernels' verdict on values that only the device sees."""
-    if backends.checking():
-        found = fault.tolist()
-        if found[0]:
-            raise_fault(found, cols=cols, mask_name=mask_name)
-
-
-def _check_temperature(temperature: float | Tensor, cols: int) -> None:
-    if isinstance(temperature, Tensor) and backends.checking():
-        for row, value in enumerate(temperature.flatten().tolist()):
-            if not 1e-15 <= value <= 1e15:
-                raise_fault((TEMPERATURE, row, value), cols=cols)
 
 
 # ------------------------------------------------------------------------------------------------ the ops
@@ -146,7 +122,7 @@ def row_loss(
     scalars = _Scalars(student.device)
     workspace = student.new_empty(_C.cuda_row_workspace(shape[0] * shape[1]), dtype=torch.float32)
     fault = student.new_empty(3, dtype=torch.float64)
-    with _on(student):
+    with on_device_of(student):
         _C.cuda_row_loss(
             shape,
             student_m,
@@ -175,7 +151,7 @@ def row_loss(
             workspace.data_ptr(),
             _stream(student),
         )
-    _check(fault, shape[2], "soft_mask")
+    raise_if_checking(fault, shape[2], "soft_mask")
     return loss, soft, hard, grad, 1.0 if unit is None else unit
 
 
@@ -187,7 +163,7 @@ def rescale(grad: Tensor, grad_output: Tensor, unit: float | Tensor) -> None:
     scalars = _Scalars(grad.device)
     if not isinstance(unit, Tensor) and unit != 1.0:
         grad_output = grad_output * unit
-    with _on(grad):
+    with on_device_of(grad):
         _C.cuda_rescale(
             shape,
             grad_m,
@@ -201,10 +177,10 @@ def softmax(logits: Tensor, temperature: float | Tensor, logarithm: bool) -> Ten
     """softmax(logits / temperature), or its logarithm, in the logits' dtype."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     shape, (logits_m, out_m) = geometry(logits, out)
-    _check_temperature(temperature, shape[2])
+    check_temperature(temperature, shape[2])
     if shape[0] * shape[1] * shape[2]:
         scalars = _Scalars(logits.device)
-        with _on(logits):
+        with on_device_of(logits):
             _C.cuda_softmax(shape, logits_m, out_m, logarithm, *scalars.temperature(temperature), _stream(logits))
     return out
 
@@ -216,7 +192,7 @@ def softmax_backward(out: Tensor, grad_out: Tensor, temperature: float | Tensor,
     shape, (out_m, grad_out_m, grad_m) = geometry(out, grad_out, grad)
     if shape[0] * shape[1] * shape[2]:
         scalars = _Scalars(out.device)
-        with _on(out):
+        with on_device_of(out):
             _C.cuda_softmax_backward(
                 shape, out_m, grad_out_m, grad_m, logarithm, *scalars.temperature(temperature), _stream(out)
             )
@@ -249,7 +225,7 @@ def cosine_loss(
     scalars = _Scalars(student.device)
     workspace = student.new_empty(_C.cuda_row_workspace(shape[0] * shape[1]), dtype=torch.float32)
     fault = student.new_empty(3, dtype=torch.float64)
-    with _on(student):
+    with on_device_of(student):
         _C.cuda_cosine_loss(
             shape,
             student_m,
@@ -268,5 +244,5 @@ def cosine_loss(
             workspace.data_ptr(),
             _stream(student),
         )
-    _check(fault, shape[2], "mask")
+    raise_if_checking(fault, shape[2], "mask")
     return loss, term, grad, 1.0 if unit is None else unit

@@ -10,17 +10,15 @@ import functools
 import importlib
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distil_fast import backends
-from distil_fast.backends.layout import TEMPERATURE, Shape, check_inplace, geometry, raise_fault
+from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
+from distil_fast.backends.layout import Shape, check_inplace, geometry
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WAVE = 64 if torch.version.hip else 32  # threads that run in step; AMD's data-centre GPUs have 64
 
 Scalar = float | Tensor
@@ -100,19 +98,14 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _each_row(kernel: Any, like: Tensor, shape: Shape, *args: Any, **constants: Any) -> None:
     """One program for each row, on the tensor's device and its current stream."""
     if rows := shape[0] * shape[1]:
-        with _on(like):
+        with on_device_of(like):
             kernel[(rows,)](*args, **constants, **_kernels().options_for_rows(shape[2], WAVE))
 
 
 def _once(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
     """One program for all rows."""
-    with _on(like):
+    with on_device_of(like):
         kernel[(1,)](*args, **constants, **_kernels().options_for_vectors(WAVE))
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------ scalars
@@ -183,13 +176,6 @@ def _weigh(
     return made
 
 
-def _raise_if_checking(fault: Tensor, cols: int, mask_name: str) -> None:
-    if backends.checking():
-        record = fault.tolist()
-        if record[0]:
-            raise_fault(record, cols=cols, mask_name=mask_name)
-
-
 def _reduce(
     soft_rows: Tensor,
     hard_rows: Tensor | None,
@@ -257,7 +243,7 @@ def row_loss(
         t_squared=t_squared,
         in_units=grad is not None and student.dtype == torch.float16 and upstream is None,
     )
-    _raise_if_checking(weighing.fault, shape[2], "soft_mask")
+    raise_if_checking(weighing.fault, shape[2], "soft_mask")
     each, rows = reduction == "none", shape[0] * shape[1]
     loss, soft, hard = (_empty(student, student.shape[:-1] if each else ()) for _ in range(3))
     soft_rows, hard_rows = (soft, hard) if each else _empty(student, (2, rows)).unbind()
@@ -300,22 +286,12 @@ def softmax(logits: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
     """softmax(logits / temperature), or its logarithm, in the logits' dtype."""
     out = _like(logits)
     shape, (x, y) = _arrange(logits.detach(), out)
-    _check_temperature(temperature, shape[2])
+    check_temperature(temperature, shape[2])
     number, per_row = _temperature(temperature)
     group = _group(logits)
     constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, "ALIGNED": _aligned(x, y, shape, group)}
     _each_row(_kernels().softmax_kernel, logits, shape, *x, *y, *shape[1:], number, **constants)
     return out
-
-
-def _check_temperature(temperature: Scalar, cols: int) -> None:
-    """In the checking mode, what the kernel answers with nan."""
-    if backends.checking() and isinstance(temperature, Tensor):
-        values = temperature.flatten().float()
-        bad = ~((values >= 1e-15) & (values <= 1e15))
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise_fault((TEMPERATURE, row, float(values[row])), cols=cols)
 
 
 def softmax_backward(out: Tensor, grad_out: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
@@ -352,7 +328,7 @@ def cosine_loss(
     weights, _, fault = _weigh(
         shape, None, mask, 1.0, upstream, (weight, 0.0), (count, -1.0), like=student, mean=reduction == "mean"
     )
-    _raise_if_checking(fault, shape[2], "mask")
+    raise_if_checking(fault, shape[2], "mask")
     loss, term = (_empty(student, student.shape[:-1] if each else ()) for _ in range(2))
     if each:
         _cosine_rows(student, shape, (s, t, g), weights, weight, loss=loss, term=term)

@@ -16,9 +16,8 @@ import triton.language as tl
 import triton.runtime.interpreter
 from torch import Tensor
 
-from distil_fast import reference
 from distil_fast.backends import triton as backend
-from tests import oracle
+from tests import calls, oracle
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "start this by tests/kernels/test_interpreter.py"
 
@@ -101,27 +100,9 @@ def row_loss(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, *, gradient: str = "fresh", **settings: Any
 ) -> tuple[dict[str, Tensor], Tensor | None, Any]:
     """Values, gradient and unit, with distillation_loss's names and defaults."""
-    divergence = reference.as_divergence(settings.pop("divergence", "forward_kl"))
-    labelled = 0.0 if labels is None else 1.0
-    counts = (-1.0 if settings.get(n) is None else settings[n] for n in ("soft_count", "hard_count"))
-    loss, soft, hard, grad, unit = backend.row_loss(
-        student,
-        teacher,
-        labels,
-        settings.get("soft_mask"),
-        settings.get("temperature", 2.0),
-        settings.get("soft_weight", 1.0),
-        settings.get("hard_weight", labelled),
-        *counts,
-        settings.get("ignore_index", -100),
-        divergence.name,
-        divergence.parameter,
-        settings.get("t_squared", True),
-        settings.get("label_smoothing", 0.0),
-        settings.get("reduction", "mean"),
-        gradient=gradient,
-        upstream=settings.get("upstream"),
-    )
+    upstream = settings.get("upstream")
+    arguments = student, teacher, labels, *calls.after_labels(labels, settings)
+    loss, soft, hard, grad, unit = backend.row_loss(*arguments, gradient=gradient, upstream=upstream)
     return {"loss": loss, "soft": soft, "hard": hard}, grad, unit
 
 
