@@ -22,13 +22,22 @@ enum class Reduction : int32_t { mean, sum, none };
 
 // What was wrong with the values: no logit is read and nothing is written when a call returns anything but
 // `nothing`.
-enum class FaultKind : int32_t { nothing, label, mask, temperature };
+enum class FaultKind : int32_t { nothing, label, mask, temperature, class_weight, teacher_mass };
 
 struct Fault {
   FaultKind kind = FaultKind::nothing;
   int64_t row = -1;    // the first row at fault
   double value = 0.0;  // what stood there
 };
+
+// What a logit is before the temperature: scale x, or cap tanh(scale x / cap) where cap is not 0.
+struct Transform {
+  double scale = 1.0, cap = 0.0;
+};
+
+// What the teacher's rows hold. What is not logits is at the temperature already, and normalised by the kernel; a
+// row whose probabilities sum to more than 1 (by more than 1 % where it has 16 bits, 0.1 % otherwise) is at fault.
+enum class TeacherForm : int32_t { logits, log_probs, probs };
 
 // loss = sum over rows of soft_weight * share_s * D(teacher, student) + hard_weight * share_h *
 // cross_entropy. `Real` below is double where the student's logits are, float otherwise.
@@ -47,9 +56,13 @@ struct RowLoss {
   bool t_squared = true;
   Reduction reduction = Reduction::mean;
   double label_smoothing = 0.0;
-  int32_t divergence = 0;          // index into the table of divergences.h
-  double parameter = 0.0;          // its run-time parameter
-  const void* upstream = nullptr;  // [rows] Real: multiplies each row's gradient; null: 1
+  double z_loss = 0.0;                  // the hard term is cross_entropy + z_loss lse^2
+  const void* class_weights = nullptr;  // [cols] Real: a label's weight in the hard term, as in its count; null: 1
+  int32_t divergence = 0;               // index into the table of divergences.h
+  double parameters[2] = {0.0, 0.0};    // its run-time parameters
+  TeacherForm teacher_form = TeacherForm::logits;
+  Transform student_transform, teacher_transform;  // the latter of logits only
+  const void* upstream = nullptr;                  // [rows] Real: multiplies each row's gradient; null: 1
   void *loss = nullptr, *soft = nullptr,
        *hard = nullptr;    // Real: one each, or [rows] where nothing is reduced
   double* unit = nullptr;  // out: the gradient is stored in units of it (fp16 only; else 1)

@@ -1,10 +1,15 @@
 """The doorway to csrc/core.h, whose structs say what the arguments mean. 0 stands for a null pointer."""
 
+from collections.abc import Sequence
+
 from typing_extensions import Buffer as BufferProtocol
 
 Shape = tuple[int, int, int]  # outer, inner, cols
 Matrix = tuple[int, int, int, int]  # pointer, dtype, outer stride, row stride
 Result = tuple[int, int, float, float]  # fault's kind (0: none), row and value; the gradient's unit
+
+# ignore_index, divergence, its parameters, t_squared, label_smoothing, z_loss, teacher_form, transforms, reduction
+RowSettings = tuple[int, int, Sequence[float], bool, float, float, int, Sequence[float], int]
 
 DIVERGENCES: list[str]
 
@@ -17,20 +22,16 @@ def row_loss(
     teacher: Matrix | None,
     grad: Matrix | None,
     labels: int,
-    ignore_index: int,
     soft_mask: int,
     mask_is_bool: bool,
+    class_weights: int,
     temperatures: int,
     temperature: float,
     soft_weight: float,
     hard_weight: float,
     soft_count: float,
     hard_count: float,
-    t_squared: bool,
-    reduction: int,
-    label_smoothing: float,
-    divergence: int,
-    parameter: float,
+    settings: RowSettings,
     upstream: int,
     loss: int,
     soft: int,
@@ -82,20 +83,16 @@ def cuda_row_loss(
     teacher: Matrix | None,
     grad: Matrix | None,
     labels: int,
-    ignore_index: int,
     soft_mask: int,
     mask_is_bool: bool,
+    class_weights: int,
     temperatures: int,
     temperature: Quantity,
     soft_weight: Quantity,
     hard_weight: Quantity,
     soft_count: Quantity,
     hard_count: Quantity,
-    t_squared: bool,
-    reduction: int,
-    label_smoothing: float,
-    divergence: int,
-    parameter: float,
+    settings: RowSettings,
     upstream: int,
     loss: int,
     soft: int,

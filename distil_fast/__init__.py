@@ -13,19 +13,42 @@ from distil_fast.functional import (
     triple_loss,
 )
 from distil_fast.modules import CosineLoss, CrossEntropyLoss, DistillationLoss, DivergenceLoss, TripleLoss
-from distil_fast.reference import JSD, ForwardKL, LossTerms, ReverseKL, TripleTerms
+from distil_fast.reference import (
+    JSD,
+    AlphaBeta,
+    ForwardKL,
+    Hellinger,
+    LossTerms,
+    ReverseKL,
+    SkewedKL,
+    SkewedReverseKL,
+    SoftCrossEntropy,
+    TotalVariation,
+    TripleTerms,
+)
+from distil_fast.teachers import Hidden, LogProbs, Probs, TopK
 
 __version__ = "0.1.0"
 
 __all__ = [
     "JSD",
+    "AlphaBeta",
     "CosineLoss",
     "CrossEntropyLoss",
     "DistillationLoss",
     "DivergenceLoss",
     "ForwardKL",
+    "Hellinger",
+    "Hidden",
+    "LogProbs",
     "LossTerms",
+    "Probs",
     "ReverseKL",
+    "SkewedKL",
+    "SkewedReverseKL",
+    "SoftCrossEntropy",
+    "TopK",
+    "TotalVariation",
     "TripleLoss",
     "TripleTerms",
     "cosine_loss",

@@ -28,11 +28,15 @@ def check_values(name: str, tensor: object) -> None:
         raise ValueError(f"{name}: expected shape [..., size] with size >= 1, got {tuple(tensor.shape)}.")
 
 
-def check_pair(name: str, student: Tensor, teacher: object) -> None:
-    """The teacher's tensor against the student's, already checked: same shape and device, and no gradient."""
+def check_pair(name: str, student: Tensor, teacher: object, vocab_size: int | None = None) -> None:
+    """The teacher's tensor against the student's, already checked: same shape and device, and no gradient.
+
+    With a `vocab_size` the last dimensions may differ."""
     check_values(f"teacher_{name}", teacher)
     assert isinstance(teacher, Tensor)
-    if teacher.shape != student.shape:
+    if vocab_size is not None and teacher.shape[:-1] == student.shape[:-1]:
+        check_vocab_size(vocab_size, min(student.shape[-1], teacher.shape[-1]))
+    elif teacher.shape != student.shape:
         raise ValueError(
             f"teacher_{name}: expected student_{name}'s shape {tuple(student.shape)}, got {tuple(teacher.shape)}."
             + _shape_remedy(name, student, teacher)
@@ -57,9 +61,10 @@ def check_pair(name: str, student: Tensor, teacher: object) -> None:
 def _shape_remedy(name: str, student: Tensor, teacher: Tensor) -> str:
     if name != "logits" or teacher.shape[:-1] != student.shape[:-1]:
         return ""
-    sizes = student.shape[-1], teacher.shape[-1]
-    padded = "teacher" if sizes[1] > sizes[0] else "student"
-    return f" If the {padded}'s vocabulary is padded, pass {padded}_logits[..., :{min(sizes)}]."
+    return (
+        " If one vocabulary is padded, pass vocab_size, the number of columns that both share "
+        f"(at most {min(student.shape[-1], teacher.shape[-1])}): both are cut there and normalised anew."
+    )
 
 
 def check_labels(labels: object, logits: Tensor) -> None:
@@ -172,6 +177,57 @@ def check_label_smoothing(label_smoothing: object) -> float:
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}.")
     return number
+
+
+def check_positive(name: str, quantity: object) -> float:
+    """A logit scale or a softcap: a finite number above 0."""
+    number = _as_float(name, quantity)
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {quantity}.")
+    return number
+
+
+def check_z_loss(z_loss: object) -> float:
+    """A finite number >= 0."""
+    number = _as_float("z_loss", z_loss)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss}.")
+    return number
+
+
+def check_class_weights(class_weights: object, values: Tensor, cols: int, label_smoothing: float) -> None:
+    """Weights [V] of the labels' classes, on the same device; their values are seen by the kernels."""
+    if class_weights is None:
+        return
+    if not isinstance(class_weights, Tensor) or class_weights.dtype not in DTYPES:
+        got = class_weights.dtype if isinstance(class_weights, Tensor) else type(class_weights).__name__
+        raise TypeError(f"class_weights: expected a floating-point tensor, got {got}.")
+    if class_weights.shape != (cols,):
+        raise ValueError(
+            f"class_weights: expected shape ({cols},), one weight a class, got {tuple(class_weights.shape)}."
+        )
+    if class_weights.device != values.device:
+        raise ValueError(
+            f"class_weights: expected device {values.device}, got {class_weights.device}. "
+            f"Move it with .to({str(values.device)!r})."
+        )
+    _check_constant("class_weights", class_weights)
+    if label_smoothing:
+        raise ValueError(
+            "class_weights: expected label_smoothing=0 beside them, got both, on whose meaning libraries differ. "
+            "Use one of the two."
+        )
+
+
+def check_vocab_size(vocab_size: object, cols: int) -> int:
+    """How many of `cols` columns take part; 0 stands for all."""
+    if vocab_size is None:
+        return 0
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise TypeError(f"vocab_size: expected an integer, got {type(vocab_size).__name__}.")
+    if not 1 <= vocab_size <= cols:
+        raise ValueError(f"vocab_size: expected 1 to {cols}, the columns that both models have, got {vocab_size}.")
+    return vocab_size
 
 
 def check_ignore_index(ignore_index: object) -> int:

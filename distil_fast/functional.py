@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from distil_fast import backends, checks, ops, reference
-from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
+from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS
+from distil_fast.options import row_options
+from distil_fast.reference import Divergence, LossTerms, TripleTerms
+from distil_fast.teachers import LogProbs, Probs, Teacher
 
 
 def _backend(values: Tensor, name: str, backend: str | None) -> str:
@@ -33,13 +36,9 @@ def _backend(values: Tensor, name: str, backend: str | None) -> str:
     return chosen
 
 
-def _count(name: str, count: object, values: Tensor) -> float | Tensor:
-    return -1.0 if count is None else checks.check_quantity(name, count, values)
-
-
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Teacher | None,
     labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 2.0,
@@ -52,6 +51,13 @@ def distillation_loss(
     divergence: str | Divergence = "forward_kl",
     t_squared: bool = True,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
     reduction: str = "mean",
     inplace: bool = False,
     backend: str | None = None,
@@ -70,7 +76,8 @@ def distillation_loss(
     Args:
         student_logits: `[..., V]`, float32, float16, bfloat16 or float64. Rows are contiguous; up to two leading
             dimensions have free strides, so that `logits[:, :-1]`, chunks and padded rows are taken without a copy.
-        teacher_logits: `[..., V]`, likewise, of a dtype of its own (float64 only beside float64); without gradient.
+        teacher_logits: `[..., V]`, likewise, of a dtype of its own (float64 only beside float64); without gradient. Or
+            another form of teacher: `LogProbs`, `Probs`, `TopK` or `Hidden`. None: no soft term.
         labels: `[...]` integers in [0, V), or `ignore_index`. None: no hard term.
         temperature: T > 0 (1e-15 to 1e15), a number or one per row `[...]`. The hard term is at T = 1.
         soft_weight, hard_weight: a number or a 0-d tensor. `hard_weight` None: 1 with labels, 0 without. A term of
@@ -81,9 +88,19 @@ def distillation_loss(
             gradient accumulation: the count of the whole step. Under DistributedDataParallel, which averages the ranks'
             gradients: the global count divided by the world size.
         ignore_index: the label of rows without one.
-        divergence: "forward_kl" KL(p || q), "reverse_kl" KL(q || p), "jsd", or an object such as `JSD(beta=0.1)`.
+        divergence: "forward_kl" KL(p || q), "reverse_kl" KL(q || p), "jsd", "total_variation", "skewed_kl",
+            "skewed_reverse_kl", "alpha_beta", "hellinger", "soft_cross_entropy", or an object with parameters such as
+            `JSD(beta=0.1)`.
         t_squared: multiply the soft term by T^2, which keeps its gradient's scale as T changes.
         label_smoothing: in [0, 1]; mixes the hard target with the uniform distribution.
+        class_weights: `[V]` >= 0; a row's hard term, and its part in the denominator, is weighed by its label's, as in
+            `torch.nn.functional.cross_entropy`. Not together with label smoothing.
+        z_loss: adds z_loss logsumexp(s_r)^2 to each row of the hard term (Chowdhery et al. 2022, section 5).
+        student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: logits are scaled, x -> scale x, and
+            capped, x -> cap tanh(x / cap) (Gemma Team 2024, section 2), before T and in both terms; the gradient is
+            that of `student_logits` as given. -inf stays -inf.
+        vocab_size: only the first so many columns take part, of both models, whose widths may then differ; both are
+            normalised over them, and the gradient of the rest is 0. For vocabularies padded to different widths.
         reduction: "mean"; "sum"; or "none", the per-row loss of the leading shape.
         inplace: write the gradient over `student_logits`, which DESTROYS the logits; saves the gradient's memory. A
             no-op where no gradient is needed, and under torch.compile; an error with reduction "none". A leaf's `.grad`
@@ -101,64 +118,99 @@ def distillation_loss(
         TypeError: dtypes or types that are not as above.
         NotImplementedError: inside a torch.func transform.
     """
-    checks.check_values("student_logits", student_logits)
-    checks.check_pair("logits", student_logits, teacher_logits)
-    checks.check_reduction(reduction, soft_count=soft_count, hard_count=hard_count)
-    if labels is not None:
-        checks.check_labels(labels, student_logits)
-    elif hard_weight is not None or hard_count is not None:
-        raise ValueError(
-            "hard_weight and hard_count belong to the hard term, got one of them without labels. Pass labels."
-        )
-    checks.check_mask("soft_mask", soft_mask, student_logits)
-    label_smoothing = checks.check_label_smoothing(label_smoothing)
-    ignore_index = checks.check_ignore_index(ignore_index)
-    if inplace and reduction == "none":
-        raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
-    divergence = as_divergence(divergence)
-    soft_weight = checks.check_quantity("soft_weight", soft_weight, student_logits)
-    if hard_weight is not None:
-        hard_weight = checks.check_quantity("hard_weight", hard_weight, student_logits)
-    else:
-        hard_weight = 0.0 if labels is None else 1.0
-    scalars = (
-        checks.check_temperature(temperature, student_logits),
-        soft_weight,
-        hard_weight,
-        _count("soft_count", soft_count, student_logits),
-        _count("hard_count", hard_count, student_logits),
+    return _row_loss(
+        "distillation_loss",
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        soft_mask=soft_mask,
+        soft_count=soft_count,
+        hard_count=hard_count,
+        ignore_index=ignore_index,
+        divergence=divergence,
+        t_squared=t_squared,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        inplace=inplace,
+        backend=backend,
     )
-    chosen = _backend(student_logits, "distillation_loss", backend)
+
+
+# The options of a row loss that one with a single term does not have.
+_NO_SOFT: dict[str, Any] = {
+    "temperature": 1.0,
+    "soft_weight": 0.0,
+    "soft_mask": None,
+    "soft_count": None,
+    "divergence": "forward_kl",
+    "t_squared": True,
+    "teacher_logit_scale": 1.0,
+    "teacher_softcap": None,
+}
+_NO_HARD: dict[str, Any] = {
+    "hard_weight": None,
+    "hard_count": None,
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "class_weights": None,
+    "z_loss": 0.0,
+}
+
+
+def _row_loss(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | Teacher | None,
+    labels: Tensor | None,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
+    **options: Any,
+) -> LossTerms:
+    """Any loss over rows of logits; `options` are distillation_loss's, every one of them."""
+    checks.check_values("logits" if name == "cross_entropy" else "student_logits", student_logits)
+    teacher, form = teacher_logits, LOGITS
+    if isinstance(teacher_logits, LogProbs):
+        teacher, form = teacher_logits.log_probs, LOG_PROBS
+    elif isinstance(teacher_logits, Probs):
+        teacher, form = teacher_logits.probs, PROBS
+    if teacher is not None:
+        checks.check_pair("logits", student_logits, teacher, options["vocab_size"])
+    assert teacher is None or isinstance(teacher, Tensor)
+    scalars, settings = row_options(student_logits, student_logits.shape[-1], labels, teacher_form=form, **options)
+    if inplace and settings.reduction == "none":
+        raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
+    chosen = _backend(student_logits, name, backend)
     if chosen == "reference":
-        return reference.distillation_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            temperature=temperature,
-            soft_weight=soft_weight,
-            hard_weight=None if labels is None else hard_weight,
-            soft_mask=soft_mask,
-            soft_count=soft_count,
-            hard_count=hard_count,
-            ignore_index=ignore_index,
-            divergence=divergence,
-            t_squared=t_squared,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-    settings = (ignore_index, divergence.name, divergence.parameter, t_squared, label_smoothing, reduction, chosen)
-    return LossTerms(*ops.row_loss(student_logits, teacher_logits, labels, soft_mask, scalars, settings, inplace))
+        return reference.distillation_loss(student_logits, teacher, labels, teacher_form=form, **options)
+    vectors = teacher, labels, options["soft_mask"], options["class_weights"]
+    return LossTerms(*ops.row_loss(student_logits, *vectors, scalars, settings._replace(backend=chosen), inplace))
 
 
 def divergence_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Teacher,
     *,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     count: float | Tensor | None = None,
     t_squared: bool = False,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -174,31 +226,32 @@ def divergence_loss(
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
     checks.check_values("student_logits", student_logits)
-    checks.check_pair("logits", student_logits, teacher_logits)
     checks.check_reduction(reduction, count=count)
     checks.check_mask("mask", mask, student_logits)
-    divergence = as_divergence(divergence)
-    scalars = (
-        checks.check_temperature(temperature, student_logits),
-        1.0,
-        0.0,
-        _count("count", count, student_logits),
-        -1.0,
-    )
-    chosen = _backend(student_logits, "divergence_loss", backend)
-    if chosen == "reference":
-        return reference.divergence_loss(
-            student_logits,
-            teacher_logits,
-            divergence=divergence,
-            temperature=temperature,
-            mask=mask,
-            count=count,
-            t_squared=t_squared,
-            reduction=reduction,
-        )
-    settings = (-100, divergence.name, divergence.parameter, t_squared, 0.0, reduction, chosen)
-    return ops.row_loss(student_logits, teacher_logits, None, mask, scalars, settings)[0]
+    if count is not None:
+        checks.check_quantity("count", count, student_logits)
+    if teacher_logits is None:
+        raise TypeError("teacher_logits: expected a tensor or another form of teacher, got None.")
+    return _row_loss(
+        "divergence_loss",
+        student_logits,
+        teacher_logits,
+        None,
+        temperature=temperature,
+        soft_weight=1.0,
+        soft_mask=mask,
+        soft_count=count,
+        divergence=divergence,
+        t_squared=t_squared,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        backend=backend,
+        **_NO_HARD,
+    ).loss
 
 
 def cross_entropy(
@@ -208,6 +261,11 @@ def cross_entropy(
     count: float | Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -225,21 +283,26 @@ def cross_entropy(
     checks.check_values("logits", logits)
     checks.check_labels(labels, logits)
     checks.check_reduction(reduction, count=count)
-    label_smoothing = checks.check_label_smoothing(label_smoothing)
-    ignore_index = checks.check_ignore_index(ignore_index)
-    scalars = (1.0, 0.0, 1.0, -1.0, _count("count", count, logits))
-    chosen = _backend(logits, "cross_entropy", backend)
-    if chosen == "reference":
-        return reference.cross_entropy(
-            logits,
-            labels,
-            count=count,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-    settings = (ignore_index, "forward_kl", 0.0, True, label_smoothing, reduction, chosen)
-    return ops.row_loss(logits, None, labels, None, scalars, settings)[0]
+    if count is not None:
+        checks.check_quantity("count", count, logits)
+    return _row_loss(
+        "cross_entropy",
+        logits,
+        None,
+        labels,
+        hard_weight=1.0,
+        hard_count=count,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
+        student_logit_scale=logit_scale,
+        student_softcap=softcap,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        backend=backend,
+        **_NO_SOFT,
+    ).loss
 
 
 def softmax(logits: Tensor, temperature: float | Tensor = 1.0, *, backend: str | None = None) -> Tensor:
@@ -317,7 +380,7 @@ def _weighted_cosine(
     checks.check_reduction(reduction, count=count)
     checks.check_mask("mask", mask, student_hidden)
     weight = checks.check_quantity("weight", weight, student_hidden)
-    number = _count("count", count, student_hidden)
+    number = -1.0 if count is None else checks.check_quantity("count", count, student_hidden)
     chosen = _backend(student_hidden, "cosine_loss", backend)
     if chosen == "reference":
         term = reference.cosine_loss(student_hidden, teacher_hidden, mask, count, reduction)

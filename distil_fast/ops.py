@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distil_fast import backends
 from distil_fast.backends.layout import real_dtype
+from distil_fast.backends.settings import SCHEMA, RowSettings
 
 Scalar = float | Tensor
 
@@ -25,10 +26,7 @@ _SCALARS = (
     "Tensor? temperature, Tensor? soft_weight, Tensor? hard_weight, Tensor? soft_count, Tensor? hard_count, "
     "float[] numbers"
 )
-_ROW = (
-    f"Tensor? teacher, Tensor? labels, Tensor? soft_mask, {_SCALARS}, int ignore_index, str divergence, "
-    "float parameter, bool t_squared, float label_smoothing, str reduction, str backend"
-)
+_ROW = f"Tensor? teacher, Tensor? labels, Tensor? soft_mask, Tensor? class_weights, {_SCALARS}, {SCHEMA}"
 _TAIL = "float[] numbers, str reduction, str backend"
 _COSINE = f"Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, {_TAIL}"
 
@@ -56,9 +54,9 @@ def _split(scalars: tuple[Scalar, ...]) -> tuple[list[Tensor | None], list[float
 
 def _rows(student: Tensor, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
     """The row loss by its backend, from a schema's arguments."""
-    teacher, labels, soft_mask, *tensors = args[:8]
-    scalars, settings, backend = _paired(tensors, args[8]), args[9:-1], args[-1]
-    return backends.module(backend).row_loss(student, teacher, labels, soft_mask, *scalars, *settings, **how)
+    vectors, tensors, settings = args[:4], args[4:9], RowSettings(*args[10:])
+    scalars = _paired(tensors, args[9])
+    return backends.module(settings.backend).row_loss(student, *vectors, *scalars, settings, **how)
 
 
 def _row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -199,10 +197,9 @@ class _StoredRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, inplace: bool, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        *rest, backend = args
-        ctx.kernels = backends.module(backend)
+        ctx.kernels = backends.module(args[-1].backend)
         how = "inplace" if inplace else "fresh"
-        loss, soft, hard, grad, ctx.unit = ctx.kernels.row_loss(student, *rest, gradient=how)
+        loss, soft, hard, grad, ctx.unit = ctx.kernels.row_loss(student, *args, gradient=how)
         if inplace:
             torch.autograd.graph.increment_version(student)
             grad = student.detach()
@@ -227,8 +224,8 @@ class _RecomputedRowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
         loss, soft, hard = (_row_loss if _direct(student) else _ops.row_loss)(student, *args)
-        _keep(ctx, student, *args[:8])
-        ctx.settings = args[8:]
+        _keep(ctx, student, *args[:9])
+        ctx.settings = args[9:]
         ctx.mark_non_differentiable(soft, hard)
         return loss, soft, hard
 
@@ -237,7 +234,7 @@ class _RecomputedRowLoss(torch.autograd.Function):
         student, *tensors = _kept(ctx)
         assert student is not None
         compute = _row_loss_backward if _direct(student) else _ops.row_loss_backward
-        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 16
+        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * (9 + len(ctx.settings))
 
 
 def row_loss(
@@ -245,24 +242,23 @@ def row_loss(
     teacher: Tensor | None,
     labels: Tensor | None,
     soft_mask: Tensor | None,
+    class_weights: Tensor | None,
     scalars: tuple[Scalar, ...],
-    settings: tuple[Any, ...],
+    settings: RowSettings,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and its two terms. scalars: temperature, weights, counts (-1: counted); settings: the schema's tail."""
+    """Loss and its two terms. scalars: temperature, weights, counts (-1: counted)."""
     direct = _direct(student)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
-    if direct and not (needs_grad and settings[-2] == "none"):
-        args = (teacher, labels, soft_mask, *scalars, *settings)
+    vectors = teacher, labels, soft_mask, class_weights
+    if direct and not (needs_grad and settings.reduction == "none"):
         if needs_grad:
-            return _StoredRowLoss.apply(student, inplace, args)
-        *rest, backend = args
-        return backends.module(backend).row_loss(student, *rest)[:3]
+            return _StoredRowLoss.apply(student, inplace, (*vectors, *scalars, settings))
+        return backends.module(settings.backend).row_loss(student, *vectors, *scalars, settings)[:3]
     tensors, numbers = _split(scalars)
-    args = (teacher, labels, soft_mask, *tensors, numbers, *settings)
     if not needs_grad:
-        return _ops.row_loss(student, *args)
-    return _RecomputedRowLoss.apply(student, *args)
+        return _ops.row_loss(student, *vectors, *tensors, numbers, *settings)
+    return _RecomputedRowLoss.apply(student, *vectors, *tensors, numbers, *settings)
 
 
 class _StoredCosineLoss(torch.autograd.Function):

@@ -34,8 +34,8 @@ class TripleTerms(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- divergences
-# A divergence is D = sum_j f_j with f_j a function of (log p, r, p, q), where p is the teacher's probability, q the
-# student's and r = log q - log p. Here autograd derives the gradient; the kernels' twins state it as a second term.
+# A divergence is D = sum_j f_j, f_j a function of log p, log q, r = log q - log p, p and q, with p the teacher's
+# probability and q the student's. Here autograd derives the gradient; the kernels' twins state it as a second term.
 
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
@@ -44,17 +44,41 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
     return torch.where(vanished, 0.0, weight * torch.where(vanished, 0.0, factor))
 
 
+def _log_mixed(weight: float, r: Tensor) -> Tensor:
+    """log m - log p of m = weight p + (1 - weight) q, by whichever of p and q is the larger: no exponential overflows,
+    and -inf on one side is fine."""
+    from_p = torch.log1p((1.0 - weight) * torch.expm1(r.clamp(max=0)))
+    from_q = torch.log1p(weight * torch.expm1((-r).clamp(max=0)))
+    return torch.where(r > 0, r + from_q, from_p)
+
+
+def _inside(name: str, parameter: object, what: str) -> None:
+    """A mixture's weight: a number inside (0, 1)."""
+    if not isinstance(parameter, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(parameter).__name__}.")
+    if not 0.0 < parameter < 1.0:
+        raise ValueError(f"{name}: expected a number inside (0, 1), got {parameter}. {what}")
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """Base of the divergences: a name for the kernels' tables, and at most one run-time parameter."""
+    """Base of the divergences: a name for the kernels' tables, and at most two run-time parameters.
+
+    `shift` says what the kernels' twins add so that no term is negative and g = 0 where p = q: shift (q - p) to f and
+    shift q to g. Over a whole distribution both come to nothing; over a part of one they are taken off again.
+    """
 
     name: ClassVar[str]
 
     @property
-    def parameter(self) -> float:
+    def parameters(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    @property
+    def shift(self) -> float:
         return 0.0
 
-    def f(self, log_p: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -64,7 +88,11 @@ class ForwardKL(Divergence):
 
     name: ClassVar[str] = "forward_kl"
 
-    def f(self, log_p: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    @property
+    def shift(self) -> float:
+        return 1.0
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
         return -_times(p, r)
 
 
@@ -74,7 +102,11 @@ class ReverseKL(Divergence):
 
     name: ClassVar[str] = "reverse_kl"
 
-    def f(self, log_p: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    @property
+    def shift(self) -> float:
+        return -1.0
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
         return _times(q, r)
 
 
@@ -92,29 +124,165 @@ class JSD(Divergence):
     name: ClassVar[str] = "jsd"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.beta, (int, float)):
-            raise TypeError(f"JSD(beta): expected a number, got {type(self.beta).__name__}.")
-        if not 0.0 < self.beta < 1.0:
-            raise ValueError(
-                f"JSD(beta): expected 0 < beta < 1, got {self.beta}. The divergence is 0 for every pair of models "
-                "at both ends; where other libraries switch to a KL there, say 'forward_kl' (their beta = 0) or "
-                "'reverse_kl' (their beta = 1)."
-            )
+        _inside(
+            "JSD(beta)",
+            self.beta,
+            "The divergence is 0 for every pair of models at both ends; where other libraries switch to a KL there, "
+            "say 'forward_kl' (their beta = 0) or 'reverse_kl' (their beta = 1).",
+        )
 
     @property
-    def parameter(self) -> float:
-        return self.beta
+    def parameters(self) -> tuple[float, float]:
+        return self.beta, 0.0
 
-    def f(self, log_p: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        # log m by whichever of p and q is the larger, so that no exponential overflows and -inf on one side is fine
-        from_p = -torch.log1p((1.0 - self.beta) * torch.expm1(r.clamp(max=0)))  # log p - log m where r <= 0
-        from_q = -torch.log1p(self.beta * torch.expm1((-r).clamp(max=0)))  # log q - log m where r >= 0
-        log_p_m = torch.where(r > 0, from_q - r, from_p)
-        log_q_m = torch.where(r > 0, from_q, from_p + r)
-        return self.beta * _times(p, log_p_m) + (1.0 - self.beta) * _times(q, log_q_m)
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        m_p = _log_mixed(self.beta, r)
+        m_q = _log_mixed(1.0 - self.beta, -r)
+        return -self.beta * _times(p, m_p) - (1.0 - self.beta) * _times(q, m_q)
 
 
-DIVERGENCES: dict[str, type[Divergence]] = {d.name: d for d in (ForwardKL, ReverseKL, JSD)}
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """Total variation distance: sum_j |p_j - q_j| / 2. Wen et al. 2023 (f-DISTILL), section 3.
+
+    Its gradient jumps where p_j = q_j, and is 0 there.
+    """
+
+    name: ClassVar[str] = "total_variation"
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return 0.5 * (p - q).abs()
+
+
+@dataclass(frozen=True)
+class SkewedKL(Divergence):
+    """Skewed KL(teacher || alpha teacher + (1 - alpha) student), 0 < alpha < 1. Ko et al. 2024 (DistiLLM), equation 4.
+
+    Raises:
+        ValueError: alpha is not inside (0, 1).
+    """
+
+    alpha: float = 0.1
+    name: ClassVar[str] = "skewed_kl"
+
+    def __post_init__(self) -> None:
+        _inside("SkewedKL(alpha)", self.alpha, "At 0 it is 'forward_kl', at 1 it is 0 for every pair of models.")
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        return self.alpha, 0.0
+
+    @property
+    def shift(self) -> float:
+        return 1.0 - self.alpha
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return -_times(p, _log_mixed(self.alpha, r))
+
+
+@dataclass(frozen=True)
+class SkewedReverseKL(Divergence):
+    """Skewed reverse KL(student || alpha student + (1 - alpha) teacher), 0 < alpha < 1. Ko et al. 2024, section 3.1.
+
+    Raises:
+        ValueError: alpha is not inside (0, 1).
+    """
+
+    alpha: float = 0.1
+    name: ClassVar[str] = "skewed_reverse_kl"
+
+    def __post_init__(self) -> None:
+        _inside("SkewedReverseKL(alpha)", self.alpha, "At 0 it is 'reverse_kl', at 1 it is 0 for every pair of models.")
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        return self.alpha, 0.0
+
+    @property
+    def shift(self) -> float:
+        return self.alpha - 1.0
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return -_times(q, _log_mixed(self.alpha, -r))
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """sum_j (a/(a+b) p_j^(a+b) + b/(a+b) q_j^(a+b) - p_j^a q_j^b) / (a b), a = alpha > 0, b = beta > 0.
+
+    Cichocki et al. 2011, equation 19; for distillation Wang et al. 2025 (ABKD), equation 5. (1, 0) would be the forward
+    KL, (0, 1) the reverse one, (1/2, 1/2) is four times the squared Hellinger distance.
+
+    Raises:
+        ValueError: alpha or beta is not a finite number above 0.
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.7
+    name: ClassVar[str] = "alpha_beta"
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"AlphaBeta({name}): expected a number, got {type(value).__name__}.")
+            if not 1e-3 <= value <= 1e3:
+                raise ValueError(
+                    f"AlphaBeta({name}): expected a number from 0.001 to 1000, got {value}. The limits at 0 are "
+                    "'forward_kl' (alpha = 1, beta = 0) and 'reverse_kl' (alpha = 0, beta = 1)."
+                )
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        return self.alpha, self.beta
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        a, b, both = self.alpha, self.beta, self.alpha + self.beta
+        pure = a / both * (both * log_p).exp() + b / both * (both * log_q).exp()
+        return (pure - (a * log_p + b * log_q).exp()) / (a * b)
+
+
+@dataclass(frozen=True)
+class Hellinger(Divergence):
+    """Squared Hellinger distance: sum_j (sqrt p_j - sqrt q_j)^2 / 2 = 1 - sum_j sqrt(p_j q_j). Hellinger 1909."""
+
+    name: ClassVar[str] = "hellinger"
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square()
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy(Divergence):
+    """Cross-entropy with the teacher's probabilities: -sum_j p_j log q_j = KL(teacher || student) + H(teacher).
+
+    The form of Hinton et al. 2015, and of libraries whose "KD loss" is not 0 for equal models; the gradient is the
+    forward KL's.
+    """
+
+    name: ClassVar[str] = "soft_cross_entropy"
+
+    @property
+    def shift(self) -> float:
+        return 1.0
+
+    def f(self, log_p: Tensor, log_q: Tensor, r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return -_times(p, log_q)
+
+
+DIVERGENCES: dict[str, type[Divergence]] = {
+    d.name: d
+    for d in (
+        ForwardKL,
+        ReverseKL,
+        JSD,
+        TotalVariation,
+        SkewedKL,
+        SkewedReverseKL,
+        AlphaBeta,
+        Hellinger,
+        SoftCrossEntropy,
+    )
+}
 
 
 def as_divergence(divergence: str | Divergence) -> Divergence:
@@ -144,6 +312,21 @@ def _working(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _transformed(logits: Tensor, scale: float, cap: float) -> Tensor:
+    """cap tanh(scale logits / cap), or scale logits where cap is 0; -inf, a masked column, stays."""
+    if cap:
+        masked = logits == -math.inf
+        return torch.where(masked, -math.inf, cap * torch.tanh(torch.where(masked, 0.0, logits) * (scale / cap)))
+    return logits * scale if scale != 1.0 else logits
+
+
+def _as_logits(teacher: Tensor, form: str, temperature: Tensor) -> Tensor:
+    """Logits that give, at this temperature, the distribution that the teacher's tensor holds."""
+    if form == "logits":
+        return teacher
+    return (teacher if form == "log_probs" else teacher.log()) * temperature.unsqueeze(-1)
+
+
 def _divergence_rows(
     student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor, divergence: Divergence
 ) -> Tensor:
@@ -152,21 +335,21 @@ def _divergence_rows(
     scaled_student, scaled_teacher = student_logits / temperature, teacher_logits / temperature
     lse_student = scaled_student.logsumexp(-1, keepdim=True)
     lse_teacher = scaled_teacher.logsumexp(-1, keepdim=True)
-    log_p = scaled_teacher - lse_teacher
+    log_p, log_q = scaled_teacher - lse_teacher, scaled_student - lse_student
     # r is never the difference of two rounded log-probabilities; masked in both models, it does not matter
     masked = (student_logits == -math.inf) & (teacher_logits == -math.inf)
     difference = torch.where(masked, 0.0, student_logits) - torch.where(masked, 0.0, teacher_logits)
     r = difference / temperature - (lse_student - lse_teacher)
-    return divergence.f(log_p, r, log_p.exp(), (scaled_student - lse_student).exp()).sum(-1)
+    return divergence.f(log_p, log_q, r, log_p.exp(), log_q.exp()).sum(-1)
 
 
-def _cross_entropy_rows(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of each row, shape [...] of logits [..., V] and labels [...]."""
-    log_q = logits.log_softmax(-1)
-    loss = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def _hard_rows(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """Cross-entropy of each row, and z_loss times the square of its logsumexp: shape [...] of logits [..., V]."""
+    lse = logits.logsumexp(-1)
+    loss = lse - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     if label_smoothing:
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * log_q.mean(-1)
-    return loss
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1))
+    return loss + z_loss * lse.square() if z_loss else loss
 
 
 def _used_rows_only(tensor: Tensor, used: Tensor) -> Tensor:
@@ -201,10 +384,21 @@ def distillation_loss(
     divergence: str | Divergence = "forward_kl",
     t_squared: bool = True,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    teacher_form: str = "logits",
     reduction: str = "mean",
 ) -> LossTerms:
-    """`distil_fast.distillation_loss` in plain torch; the arguments mean the same (`inplace` does not exist here)."""
-    student = _working(student_logits)
+    """`distil_fast.distillation_loss` in plain torch; the arguments mean the same (`inplace` does not exist here).
+
+    teacher_form says what `teacher_logits` holds: "logits", "log_probs" or "probs".
+    """
+    student = _transformed(_working(student_logits)[..., :vocab_size], student_logit_scale, student_softcap or 0.0)
     leading = student.shape[:-1]
     zero = student.new_zeros(leading)
     hard_weight = (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight
@@ -218,10 +412,13 @@ def distillation_loss(
         rows = zero + 1.0 if soft_mask is None else soft_mask.to(student.dtype)
         soft_share = _share(rows, soft_count, reduction) * (soft_weight != 0)
         used = soft_share != 0
+        temperature = torch.where(used, temperature, 1.0)
+        teacher = _used_rows_only(_working(teacher_logits).to(student.dtype)[..., :vocab_size], used)
+        teacher = _transformed(teacher, teacher_logit_scale, teacher_softcap or 0.0)
         soft = _divergence_rows(
             _used_rows_only(student, used),
-            _used_rows_only(_working(teacher_logits).to(student.dtype), used),
-            torch.where(used, temperature, 1.0),
+            _as_logits(teacher, teacher_form, temperature),
+            temperature,
             as_divergence(divergence),
         )
         soft_share = soft_share * temperature**2 if t_squared else soft_share
@@ -230,9 +427,12 @@ def distillation_loss(
     hard, hard_share = zero, zero
     if labels is not None:
         valid = labels != ignore_index
-        hard_share = _share(valid.to(student.dtype), hard_count, reduction) * (hard_weight != 0)
+        rows = valid.to(student.dtype)
+        if class_weights is not None:
+            rows = torch.where(valid, class_weights.to(student.dtype)[torch.where(valid, labels, 0).long()], 0.0)
+        hard_share = _share(rows, hard_count, reduction) * (hard_weight != 0)
         used = hard_share != 0
-        hard = _cross_entropy_rows(_used_rows_only(student, used), torch.where(used, labels, 0).long(), label_smoothing)
+        hard = _hard_rows(_used_rows_only(student, used), torch.where(used, labels, 0).long(), label_smoothing, z_loss)
 
     soft, hard = _times(soft_share, soft), _times(hard_share, hard)
     loss = _reduce(soft_weight * soft + hard_weight * hard, reduction)

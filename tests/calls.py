@@ -17,6 +17,7 @@ from torch import Tensor
 
 import distil_fast
 from distil_fast import LossTerms, backends, reference
+from distil_fast.backends.settings import RowSettings
 from tests import oracle
 
 DEVICE = torch.device(os.environ.get("DISTIL_FAST_TEST_DEVICE", "cpu"))
@@ -68,19 +69,28 @@ def after_labels(labels: Tensor | None, settings: dict[str, Any]) -> tuple[Any, 
     """A backend's arguments behind the labels, from distillation_loss's names and defaults."""
     divergence = reference.as_divergence(settings.get("divergence", "forward_kl"))
     hard_weight = settings.get("hard_weight")
+    scale = [settings.get(f"{model}_logit_scale", 1.0) for model in ("student", "teacher")]
+    cap = [settings.get(f"{model}_softcap") or 0.0 for model in ("student", "teacher")]
     return (
         settings.get("soft_mask"),
+        settings.get("class_weights"),
         settings.get("temperature", 2.0),
         settings.get("soft_weight", 1.0),
         (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight,
         -1.0 if settings.get("soft_count") is None else settings["soft_count"],
         -1.0 if settings.get("hard_count") is None else settings["hard_count"],
-        settings.get("ignore_index", -100),
-        divergence.name,
-        divergence.parameter,
-        settings.get("t_squared", True),
-        settings.get("label_smoothing", 0.0),
-        settings.get("reduction", "mean"),
+        RowSettings(
+            settings.get("ignore_index", -100),
+            divergence.name,
+            divergence.parameters,
+            settings.get("t_squared", True),
+            settings.get("label_smoothing", 0.0),
+            settings.get("z_loss", 0.0),
+            settings.get("teacher_form", "logits"),
+            (scale[0], cap[0], scale[1], cap[1]),
+            settings.get("vocab_size") or 0,
+            settings.get("reduction", "mean"),
+        ),
     )
 
 

@@ -94,9 +94,11 @@ def exact(
     if s.shape[-1] == 1:
         grad = torch.zeros_like(grad)  # a distribution over one column cannot change
     soft, hard, soft_weight, hard_weight = _shares(s, t, labels, settings)
+    jumps = reference.as_divergence(settings.get("divergence", "forward_kl")).name == "total_variation"
     temperature = torch.as_tensor(settings.get("temperature", 2.0)).double()
     of_rows = 1.0 if upstream is None else upstream.double().abs()
     slack, mass = (torch.zeros_like(soft),) * 2 if t is None else _scales(s.detach(), t, temperature)
+    slack = mass if jumps else slack  # its gradient does not vanish with r
     scales = {"soft": soft, "hard": hard, "loss": soft_weight * soft + hard_weight * hard}
     if settings.get("reduction", "mean") == "none":
         scales = {name: scale.clamp(min=1.0) for name, scale in scales.items()}

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "distil_fast"
 
 # ------------------------------------------------------------------------------------------------ arrows
 
-PUBLIC = {"distil_fast", "functional", "linear", "modules", "reference"}
+PUBLIC = {"distil_fast", "functional", "hidden", "linear", "modules", "parallel", "reference", "teachers"}
 
 # part -> the parts that it may import; `distil_fast` is the package's face, distil_fast/__init__.py
 ARROWS: dict[str, set[str]] = {
@@ -34,10 +34,14 @@ ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "backends": {"_C", "kernels", "reference"},
     "ops": {"backends"},
-    "functional": {"backends", "checks", "ops", "reference"},
-    "linear": {"backends", "checks", "ops", "reference"},
-    "modules": {"functional", "linear", "reference"},
-    "distil_fast": {"functional", "linear", "modules", "reference"},
+    "teachers": set(),
+    "options": {"backends", "checks", "reference"},
+    "hidden": {"backends", "checks", "ops", "reference"},
+    "linear": {"backends", "checks", "ops", "options", "reference", "teachers"},
+    "functional": {"backends", "checks", "hidden", "linear", "ops", "options", "reference", "teachers"},
+    "parallel": {"backends", "checks", "ops", "options", "reference"},
+    "modules": {"functional", "hidden", "linear", "parallel", "reference", "teachers"},
+    "distil_fast": {"functional", "hidden", "linear", "modules", "parallel", "reference", "teachers"},
     "training": PUBLIC,
     "integrations": PUBLIC,
     "bench": PUBLIC | {"_C", "backends"},  # which name what serves, and choose another to measure it

@@ -107,7 +107,7 @@ def test_jsd_of_models_without_a_column_in_common(instruction_set: str, divergen
         student, teacher = rows_of_logits(size, torch.float32, "disjoint")
         columns = every_third(size)
         result = calls.by_backend(masked(student, columns), masked(teacher, ~columns), divergence=jsd, temperature=1.0)
-        beta = jsd.parameter
+        beta = jsd.parameters[0]
         entropy = -(beta * math.log(beta) + (1 - beta) * math.log(1 - beta))
         assert result.values["loss"].item() == pytest.approx(entropy, rel=2e-6)
         q = masked(student, columns).double().softmax(-1) / student.shape[0]

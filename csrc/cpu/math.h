@@ -32,10 +32,15 @@ template <class V>
 inline V expm1(V x) {
   return select(abs(x) < V(0.5), x + expm1_tail(x), Exponential<V>(1.0)(x) - V(1));
 }
-// log(1 + x) for -1 < x, finite. At most 3 ulp.
 template <class V>
-inline V log1p(V x) {
-  V y = max(V(1) + x, V(1e-30));
+inline V exp(V x) {
+  return Exponential<V>(1.0)(x);
+}
+
+// log(y) + correction for normal y > 0, where the correction is what y's own rounding lost. At most 3 ulp of
+// the result or of 0.35, whichever is larger.
+template <class V>
+inline V log_and(V y, V correction) {
   V e = exponent(y), z = scale2(y, V(0) - e) - V(1);  // y = 2^e (1 + z), z in [sqrt(1/2) - 1, sqrt(2) - 1)
   V p = fma(V(-0.07634438), z, V(0.12761563));
   p = fma(p, z, V(-0.13160197));
@@ -45,6 +50,16 @@ inline V log1p(V x) {
   p = fma(p, z, V(-0.25000823));
   p = fma(p, z, V(0.3333333));
   V tail = fma(p * z, z * z, V(-0.5) * z * z);
-  V rounded_away = x - (y - V(1));  // what 1 + x lost
-  return fma(e, V(0.6931471805599453), z + (tail + rounded_away / y));
+  return fma(e, V(0.6931471805599453), z + (tail + correction));
+}
+template <class V>
+inline V log(V x) {
+  return log_and(x, V(0));
+}
+
+// log(1 + x) for -1 < x, finite. At most 3 ulp.
+template <class V>
+inline V log1p(V x) {
+  V y = max(V(1) + x, V(1e-30));
+  return log_and(y, (x - (y - V(1))) / y);
 }

@@ -17,5 +17,7 @@ inline Double expm1_tail(Double x) {
   return Double(total);
 }
 
+inline Double exp(Double x) { return Double(std::exp(x.v)); }
+inline Double log(Double x) { return Double(std::log(x.v)); }
 inline Double expm1(Double x) { return Double(std::expm1(x.v)); }
 inline Double log1p(Double x) { return Double(std::log1p(x.v)); }

@@ -241,7 +241,8 @@ class RowLossCall {
                       fade(block.ref_s, sums.ref_s, t) / sums.z_s,
                       1.0 / t,
                       sums.rho - block.apart() / t,
-                      c_.parameter,
+                      c_.parameters[0],
+                      c_.parameters[1],
                       centre};
       sweep(w.es + j, w.et + j, w.g + j, block_size(b), by, w.f_sum + b, w.g_sum + b, ahead_of(row, b, 2, 1));
     });

@@ -149,7 +149,7 @@ double weighted_difference(const typename V::Real* es, const typename V::Real* d
 template <class V, class D>
 void diverge(const typename V::Real* es, const typename V::Real* et, typename V::Real* difference, int64_t n,
              const Divide& by, double* f_sum, double* g_sum, const Ahead& next) {
-  const D divergence{by.parameter, by.centre};
+  const D divergence{by.first, by.second, by.centre};
   const Ahead ahead = next;  // a copy, which no store below can alias
   const V to_p(by.to_p), to_q(by.to_q), inverse_t(by.inverse_t), rho(by.rho);
   Total<V> f, g;

@@ -60,7 +60,7 @@ struct Ahead {
 
 // The scalars of the second sweep.
 struct Divide {
-  double to_p, to_q, inverse_t, rho, parameter, centre;
+  double to_p, to_q, inverse_t, rho, first, second, centre;
 };
 
 // The scalars of the third sweep.

@@ -46,7 +46,8 @@ const char* launch(const CudaRowLoss& call) {
     a.values.hard = static_cast<float*>(c.hard);
   }
   a.unit = c.grad.data && c.grad.dtype == DType::f16 ? call.unit : nullptr;
-  a.label_smoothing = static_cast<float>(c.label_smoothing), a.parameter = c.parameter;
+  a.label_smoothing = static_cast<float>(c.label_smoothing), a.parameters[0] = c.parameters[0],
+  a.parameters[1] = c.parameters[1];
 
   hw::Device device;
   if (const char* error = hw::device(&device)) return error;

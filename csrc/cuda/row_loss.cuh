@@ -21,7 +21,7 @@ struct RowLossArgs {
   RowValues values;
   const float* unit = nullptr;
   float label_smoothing = 0.0f;
-  double parameter = 0.0;
+  double parameters[2] = {0.0, 0.0};
   Stages stages;
 };
 
@@ -250,7 +250,7 @@ class RowLossBody {
 
   // f and g of a group; es and g are what is kept, or what is to be.
   DISTIL_FAST_DEVICE float diverge_group(const Group& x, const RowScalars& r, const float* es, float* g) const {
-    const D divergence{a_.parameter, r.centre};
+    const D divergence{a_.parameters[0], a_.parameters[1], r.centre};
     float f = 0.0f;
 #pragma unroll
     for (int l = 0; l < W; ++l) {

@@ -25,11 +25,13 @@ struct Lane {
 DISTIL_FAST_DEVICE Lane operator+(Lane a, Lane b) { return Lane(a.v + b.v); }
 DISTIL_FAST_DEVICE Lane operator-(Lane a, Lane b) { return Lane(a.v - b.v); }
 DISTIL_FAST_DEVICE Lane operator*(Lane a, Lane b) { return Lane(a.v * b.v); }
+DISTIL_FAST_DEVICE Lane operator/(Lane a, Lane b) { return Lane(a.v / b.v); }
 DISTIL_FAST_DEVICE bool operator<(Lane a, Lane b) { return a.v < b.v; }
 DISTIL_FAST_DEVICE bool is_zero(Lane a) { return a.v == 0.0f; }
 DISTIL_FAST_DEVICE Lane select(bool m, Lane yes, Lane no) { return m ? yes : no; }
 DISTIL_FAST_DEVICE Lane abs(Lane a) { return Lane(__builtin_fabsf(a.v)); }
 DISTIL_FAST_DEVICE Lane min(Lane a, Lane b) { return b.v < a.v ? b : a; }  // a nan in `a` stays
+DISTIL_FAST_DEVICE Lane max(Lane a, Lane b) { return b.v > a.v ? b : a; }  // a nan in `a` stays
 
 // The polynomial of cpu/math.h, which states its error.
 DISTIL_FAST_DEVICE Lane expm1_tail(Lane a) {
@@ -40,6 +42,8 @@ DISTIL_FAST_DEVICE Lane expm1_tail(Lane a) {
 DISTIL_FAST_DEVICE Lane expm1(Lane a) {
   return select(abs(a) < Lane(0.5f), a + expm1_tail(a), Lane(hw::exp2(a.v * log2_e) - 1.0f));
 }
+DISTIL_FAST_DEVICE Lane exp(Lane a) { return Lane(hw::exp2(a.v * log2_e)); }
+DISTIL_FAST_DEVICE Lane log(Lane a) { return Lane(hw::log(a.v)); }
 DISTIL_FAST_DEVICE Lane log1p(Lane a) { return Lane(hw::log1p(a.v)); }
 
 // ---- dtypes

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -22,6 +23,24 @@ T* pointer(uintptr_t address) {
 inline Matrix matrix(const std::optional<MatrixArgs>& m) {
   if (!m) return {};
   return {pointer(std::get<0>(*m)), static_cast<DType>(std::get<1>(*m)), std::get<2>(*m), std::get<3>(*m)};
+}
+
+// What the row losses of every device and teacher share: distil_fast/backends/settings.py's numbers, in this order.
+using RowSettingsArgs =
+    std::tuple<int64_t, int32_t, std::array<double, 2>, bool, double, double, int32_t, std::array<double, 4>, int32_t>;
+
+template <class Call>
+void set_settings(Call& c, const RowSettingsArgs& args) {
+  std::array<double, 2> parameters;
+  std::array<double, 4> transforms;
+  int32_t form, reduction;
+  std::tie(c.ignore_index, c.divergence, parameters, c.t_squared, c.label_smoothing, c.z_loss, form, transforms,
+           reduction) = args;
+  c.parameters[0] = parameters[0], c.parameters[1] = parameters[1];
+  c.teacher_form = static_cast<TeacherForm>(form);
+  c.student_transform = {transforms[0], transforms[1]};
+  c.teacher_transform = {transforms[2], transforms[3]};
+  c.reduction = static_cast<Reduction>(reduction);
 }
 
 template <class Call>

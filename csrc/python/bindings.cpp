@@ -26,31 +26,26 @@ Result result(const Fault& fault, double unit = 1.0) {
 }
 
 Result row_loss(const Shape& shape, const MatrixArgs& student, const std::optional<MatrixArgs>& teacher,
-                const std::optional<MatrixArgs>& grad, uintptr_t labels, int64_t ignore_index, uintptr_t soft_mask,
-                bool mask_is_bool, uintptr_t temperatures, double temperature, double soft_weight, double hard_weight,
-                double soft_count, double hard_count, bool t_squared, int32_t reduction, double label_smoothing,
-                int32_t divergence, double parameter, uintptr_t upstream, uintptr_t loss, uintptr_t soft,
-                uintptr_t hard) {
+                const std::optional<MatrixArgs>& grad, uintptr_t labels, uintptr_t soft_mask, bool mask_is_bool,
+                uintptr_t class_weights, uintptr_t temperatures, double temperature, double soft_weight,
+                double hard_weight, double soft_count, double hard_count, const RowSettingsArgs& settings,
+                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard) {
   RowLoss call;
   set_shape(call, shape);
+  set_settings(call, settings);
   call.student = matrix(student);
   call.teacher = matrix(teacher);
   call.grad = matrix(grad);
   call.labels = pointer<const int64_t>(labels);
-  call.ignore_index = ignore_index;
   call.soft_mask = pointer(soft_mask);
   call.mask_is_bool = mask_is_bool;
+  call.class_weights = pointer(class_weights);
   call.temperatures = pointer(temperatures);
   call.temperature = temperature;
   call.soft_weight = soft_weight;
   call.hard_weight = hard_weight;
   call.soft_count = soft_count;
   call.hard_count = hard_count;
-  call.t_squared = t_squared;
-  call.reduction = static_cast<Reduction>(reduction);
-  call.label_smoothing = label_smoothing;
-  call.divergence = divergence;
-  call.parameter = parameter;
   call.upstream = pointer(upstream);
   call.loss = pointer(loss);
   call.soft = pointer(soft);

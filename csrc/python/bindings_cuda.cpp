@@ -31,26 +31,25 @@ void launch(const char* (*function)(const Call&), const Call& call) {
 }
 
 void row_loss(const Shape& shape, const MatrixArgs& student, const std::optional<MatrixArgs>& teacher,
-              const std::optional<MatrixArgs>& grad, uintptr_t labels, int64_t ignore_index, uintptr_t soft_mask,
-              bool mask_is_bool, uintptr_t temperatures, const Quantity& temperature, const Quantity& soft_weight,
-              const Quantity& hard_weight, const Quantity& soft_count, const Quantity& hard_count, bool t_squared,
-              int32_t reduction, double label_smoothing, int32_t divergence, double parameter, uintptr_t upstream,
-              uintptr_t loss, uintptr_t soft, uintptr_t hard, uintptr_t unit, uintptr_t fault, uintptr_t workspace,
-              uintptr_t stream) {
+              const std::optional<MatrixArgs>& grad, uintptr_t labels, uintptr_t soft_mask, bool mask_is_bool,
+              uintptr_t class_weights, uintptr_t temperatures, const Quantity& temperature, const Quantity& soft_weight,
+              const Quantity& hard_weight, const Quantity& soft_count, const Quantity& hard_count,
+              const RowSettingsArgs& settings, uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard,
+              uintptr_t unit, uintptr_t fault, uintptr_t workspace, uintptr_t stream) {
   CudaRowLoss call;
   RowLoss& c = call.numbers;
   set_shape(c, shape);
+  set_settings(c, settings);
   c.student = matrix(student), c.teacher = matrix(teacher), c.grad = matrix(grad);
-  c.labels = pointer<const int64_t>(labels), c.ignore_index = ignore_index;
+  c.labels = pointer<const int64_t>(labels);
   c.soft_mask = pointer(soft_mask), c.mask_is_bool = mask_is_bool;
+  c.class_weights = pointer(class_weights);
   c.temperatures = pointer(temperatures);
   set(c.temperature, call.temperature, temperature);
   set(c.soft_weight, call.soft_weight, soft_weight);
   set(c.hard_weight, call.hard_weight, hard_weight);
   set(c.soft_count, call.soft_count, soft_count);
   set(c.hard_count, call.hard_count, hard_count);
-  c.t_squared = t_squared, c.reduction = static_cast<Reduction>(reduction), c.label_smoothing = label_smoothing;
-  c.divergence = divergence, c.parameter = parameter;
   c.upstream = pointer(upstream);
   c.loss = pointer(loss), c.soft = pointer(soft), c.hard = pointer(hard);
   call.unit = pointer<float>(unit), call.fault = pointer<double>(fault);

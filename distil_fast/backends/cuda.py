@@ -16,10 +16,13 @@ from distil_fast.backends.layout import (
     REDUCTION_CODE,
     address,
     check_inplace,
+    cut,
+    cut_gradient,
     flat,
     geometry,
 )
-from distil_fast.backends.native import DIVERGENCE_CODE
+from distil_fast.backends.native import row_settings
+from distil_fast.backends.settings import RowSettings
 
 OLDEST = (8, 0)  # compute capability
 
@@ -83,17 +86,13 @@ def row_loss(
     teacher: Tensor | None,
     labels: Tensor | None,
     soft_mask: Tensor | None,
+    class_weights: Tensor | None,
     temperature: float | Tensor,
     soft_weight: float | Tensor,
     hard_weight: float | Tensor,
     soft_count: float | Tensor,
     hard_count: float | Tensor,
-    ignore_index: int,
-    divergence: str,
-    parameter: float,
-    t_squared: bool,
-    label_smoothing: float,
-    reduction: str,
+    settings: RowSettings,
     *,
     gradient: str = "no",
     upstream: Tensor | None = None,
@@ -103,13 +102,14 @@ def row_loss(
     A count of -1 is counted here. gradient: "no", "fresh", or "inplace", which leaves it where the logits were;
     `upstream` multiplies each row's.
     """
+    if gradient == "inplace":
+        check_inplace(student, teacher)
     grad = None
     if gradient != "no":
         grad = student if gradient == "inplace" else torch.empty_like(student, memory_format=torch.contiguous_format)
-    shape, (student_m, teacher_m, grad_m) = geometry(student, teacher, grad)
-    if gradient == "inplace":
-        check_inplace(student, teacher)
-    leading = student.shape[:-1] if reduction == "none" else ()
+    part = cut(settings.vocab_size, student, teacher)
+    shape, (student_m, teacher_m, grad_m) = geometry(*part, cut_gradient(settings.vocab_size, grad))
+    leading = student.shape[:-1] if settings.reduction == "none" else ()
     loss, soft, hard = (student.new_empty(leading, dtype=torch.float32) for _ in range(3))
     unit = _unit(student, grad)
     if shape[0] * shape[1] * shape[2] == 0:
@@ -117,6 +117,7 @@ def row_loss(
     labels = flat(labels, torch.int64)
     mask_is_bool = soft_mask is not None and soft_mask.dtype == torch.bool
     soft_mask = flat(soft_mask, torch.bool if mask_is_bool else torch.float32)
+    class_weights = flat(class_weights, torch.float32)
     if upstream is not None:
         upstream = flat(upstream.expand(student.shape[:-1]), torch.float32)
     scalars = _Scalars(student.device)
@@ -129,19 +130,15 @@ def row_loss(
             teacher_m,
             grad_m,
             address(labels),
-            ignore_index,
             address(soft_mask),
             mask_is_bool,
+            address(class_weights),
             *scalars.temperature(temperature),
             scalars(soft_weight),
             scalars(hard_weight),
             scalars(soft_count),
             scalars(hard_count),
-            t_squared,
-            REDUCTION_CODE[reduction],
-            label_smoothing,
-            DIVERGENCE_CODE[divergence],
-            parameter,
+            row_settings(settings),
             address(upstream),
             loss.data_ptr(),
             soft.data_ptr(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 REDUCTION_CODE = {"mean": 0, "sum": 1, "none": 2}
-LABEL, MASK, TEMPERATURE = 1, 2, 3  # FaultKind
+LABEL, MASK, TEMPERATURE, CLASS_WEIGHT, TEACHER_MASS = 1, 2, 3, 4, 5  # FaultKind
 
 Shape = tuple[int, int, int]
 Matrix = tuple[int, int, int, int]
@@ -53,6 +53,19 @@ def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Any]]:
         f"expected at most two leading dimensions with strides of their own, got shape {tuple(shape)} with strides "
         f"{' and '.join(str(t.stride()) for t in given)}. Call .contiguous() on the permuted tensor."
     )
+
+
+def cut(vocab_size: int, *tensors: Tensor | None) -> list[Any]:
+    """The columns that take part: the first `vocab_size` of each tensor, all where that is 0."""
+    return [t if t is None or not vocab_size else t[..., :vocab_size] for t in tensors]
+
+
+def cut_gradient(vocab_size: int, grad: Tensor | None) -> Tensor | None:
+    """The part of the gradient's memory that a kernel writes; the columns that take no part become 0 here."""
+    if grad is None or not vocab_size:
+        return grad
+    grad[..., vocab_size:].zero_()
+    return grad[..., :vocab_size]
 
 
 def _matrix(tensor: Tensor, outer_stride: int | None, row_stride: int | None) -> Matrix:
@@ -130,4 +143,11 @@ def raise_fault(fault: Sequence[float], *, cols: int, mask_name: str = "soft_mas
         )
     if kind == MASK:
         raise ValueError(f"{mask_name}: expected finite token weights >= 0, got {value} in row {int(row)}.")
+    if kind == CLASS_WEIGHT:
+        raise ValueError(f"class_weights: expected finite weights >= 0, got {value} for class {int(row)}.")
+    if kind == TEACHER_MASS:
+        raise ValueError(
+            f"teacher_logits: expected probabilities >= 0 (or their logarithms) that sum to at most 1, got a sum of "
+            f"{value} in row {int(row)}. Pass logits as a plain tensor."
+        )
     raise ValueError(f"temperature: expected a number > 0 (1e-15 to 1e15), got {value} in row {int(row)}.")

@@ -7,6 +7,7 @@ autograd, and no formula. Next: csrc/core.h.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch  # before _C: torch's OpenMP runtime must be the one that both share
 from torch import Tensor
@@ -17,11 +18,14 @@ from distil_fast.backends.layout import (
     REDUCTION_CODE,
     address,
     check_inplace,
+    cut,
+    cut_gradient,
     flat,
     geometry,
     raise_fault,
     real_dtype,
 )
+from distil_fast.backends.settings import TEACHER_FORMS, RowSettings
 
 DIVERGENCE_CODE = {name: code for code, name in enumerate(_C.DIVERGENCES)}
 
@@ -56,22 +60,33 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 # ------------------------------------------------------------------------------------------------ the ops
 
 
+def row_settings(settings: RowSettings) -> tuple[Any, ...]:
+    """Settings as the core takes them."""
+    return (
+        settings.ignore_index,
+        DIVERGENCE_CODE[settings.divergence],
+        settings.parameters,
+        settings.t_squared,
+        settings.label_smoothing,
+        settings.z_loss,
+        TEACHER_FORMS.index(settings.teacher_form),
+        settings.transforms,
+        REDUCTION_CODE[settings.reduction],
+    )
+
+
 def row_loss(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
     soft_mask: Tensor | None,
+    class_weights: Tensor | None,
     temperature: float | Tensor,
     soft_weight: float | Tensor,
     hard_weight: float | Tensor,
     soft_count: float | Tensor,
     hard_count: float | Tensor,
-    ignore_index: int,
-    divergence: str,
-    parameter: float,
-    t_squared: bool,
-    label_smoothing: float,
-    reduction: str,
+    settings: RowSettings,
     *,
     gradient: str = "no",
     upstream: Tensor | None = None,
@@ -82,17 +97,19 @@ def row_loss(
     `upstream` multiplies each row's.
     """
     real = real_dtype(student)
-    grad = None if gradient == "no" else student if gradient == "inplace" else empty_like_rows(student)
-    shape, (student_m, teacher_m, grad_m) = geometry(student, teacher, grad)
     if gradient == "inplace":
         check_inplace(student, teacher)
+    grad = None if gradient == "no" else student if gradient == "inplace" else empty_like_rows(student)
+    part = cut(settings.vocab_size, student, teacher)
+    shape, (student_m, teacher_m, grad_m) = geometry(*part, cut_gradient(settings.vocab_size, grad))
     labels = flat(labels, torch.int64)
     mask_is_bool = soft_mask is not None and soft_mask.dtype == torch.bool
     soft_mask = flat(soft_mask, torch.bool if mask_is_bool else real)
+    class_weights = flat(class_weights, real)
     temperatures, temperature = _temperature(temperature, real)
     if upstream is not None:
         upstream = flat(upstream.expand(student.shape[:-1]), real)
-    leading = student.shape[:-1] if reduction == "none" else ()
+    leading = student.shape[:-1] if settings.reduction == "none" else ()
     loss = torch.empty(leading, dtype=real)
     soft = torch.empty(leading, dtype=real)
     hard = torch.empty(leading, dtype=real)
@@ -102,20 +119,16 @@ def row_loss(
         teacher_m,
         grad_m,
         address(labels),
-        ignore_index,
         address(soft_mask),
         mask_is_bool,
+        address(class_weights),
         address(temperatures),
         temperature,
         _number("soft_weight", soft_weight),
         _number("hard_weight", hard_weight),
         _number("soft_count", soft_count),
         _number("hard_count", hard_count),
-        t_squared,
-        REDUCTION_CODE[reduction],
-        label_smoothing,
-        DIVERGENCE_CODE[divergence],
-        parameter,
+        row_settings(settings),
         address(upstream),
         loss.data_ptr(),
         soft.data_ptr(),

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
-from distil_fast.backends.layout import Shape, check_inplace, geometry
+from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, geometry
+from distil_fast.backends.settings import RowSettings
 
 WAVE = 64 if torch.version.hip else 32  # threads that run in step; AMD's data-centre GPUs have 64
 
@@ -200,17 +201,13 @@ def row_loss(
     teacher: Tensor | None,
     labels: Tensor | None,
     soft_mask: Tensor | None,
+    class_weights: Tensor | None,
     temperature: Scalar,
     soft_weight: Scalar,
     hard_weight: Scalar,
     soft_count: Scalar,
     hard_count: Scalar,
-    ignore_index: int,
-    divergence: str,
-    parameter: float,
-    t_squared: bool,
-    label_smoothing: float,
-    reduction: str,
+    settings: RowSettings,
     *,
     gradient: str = "no",
     upstream: Tensor | None = None,
@@ -223,10 +220,11 @@ def row_loss(
     teacher = None if _off(soft_weight) else teacher
     labels = None if _off(hard_weight) else _vector(labels)
     student = student.detach()
-    grad = None if gradient == "no" else student if gradient == "inplace" else _like(student)
-    shape, (s, t, g) = _arrange(student, teacher, grad)
     if gradient == "inplace":
         check_inplace(student, teacher)
+    grad = None if gradient == "no" else student if gradient == "inplace" else _like(student)
+    part = cut(settings.vocab_size, student, teacher)
+    shape, (s, t, g) = _arrange(*part, cut_gradient(settings.vocab_size, grad))
     weights = soft_weight, hard_weight
     weighing = _weigh(
         shape,
@@ -237,20 +235,20 @@ def row_loss(
         weights,
         (soft_count, hard_count),
         like=student,
-        ignore_index=ignore_index,
+        ignore_index=settings.ignore_index,
         soft=teacher is not None,
-        mean=reduction == "mean",
-        t_squared=t_squared,
+        mean=settings.reduction == "mean",
+        t_squared=settings.t_squared,
         in_units=grad is not None and student.dtype == torch.float16 and upstream is None,
     )
     raise_if_checking(weighing.fault, shape[2], "soft_mask")
-    each, rows = reduction == "none", shape[0] * shape[1]
+    each, rows = settings.reduction == "none", shape[0] * shape[1]
     loss, soft, hard = (_empty(student, student.shape[:-1] if each else ()) for _ in range(3))
     soft_rows, hard_rows = (soft, hard) if each else _empty(student, (2, rows)).unbind()
     vectors = labels, weighing.weights, rows, weighing.unit
-    numbers = (*map(_scalar, weights), float(label_smoothing), float(parameter))
+    numbers = (*map(_scalar, weights), float(settings.label_smoothing), float(settings.parameters[0]))
     values = loss if each else None, soft_rows, hard_rows
-    constants = _row_constants(shape, (s, t, g), divergence, labels is not None)
+    constants = _row_constants(shape, (s, t, g), settings.divergence, labels is not None)
     _each_row(_kernels().row_kernel, student, shape, *s, *t, *g, *shape[1:], *vectors, *numbers, *values, **constants)
     if not each:
         _reduce(soft_rows, hard_rows, weights, loss, soft, hard)

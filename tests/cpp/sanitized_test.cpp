@@ -122,7 +122,7 @@ void row_losses(const Shape& s, DType student_dtype, DType teacher_dtype, int va
   call.reduction = static_cast<Reduction>(variant % 3);
   if (none) call.upstream = upstream.get();
   call.label_smoothing = variant % 2 ? 0.1 : 0.0;
-  call.divergence = variant % 3, call.parameter = 0.3;
+  call.divergence = variant % 3, call.parameters[0] = 0.3;
   call.loss = loss.get(), call.soft = soft.get(), call.hard = hard.get(), call.unit = &unit;
   expect(row_loss_cpu(call).kind == FaultKind::nothing, "row_loss: a fault without a reason");
   for (int64_t i = 0; i < (none ? s.rows() : 1); ++i)
