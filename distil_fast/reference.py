@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -437,6 +437,28 @@ def distillation_loss(
     soft, hard = _times(soft_share, soft), _times(hard_share, hard)
     loss = _reduce(soft_weight * soft + hard_weight * hard, reduction)
     return LossTerms(loss, _reduce(soft, reduction).detach(), _reduce(hard, reduction).detach())
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden weight^T + bias, in float32 at least."""
+    hidden = _working(hidden)
+    return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    **options: Any,
+) -> LossTerms:
+    """`distil_fast.linear_distillation_loss` in plain torch, with the whole logits; `options`: distillation_loss's."""
+    student = head_logits(student_hidden, student_weight, student_bias)
+    return distillation_loss(student, head_logits(teacher_hidden, teacher_weight, teacher_bias), labels, **options)
 
 
 def divergence_loss(
