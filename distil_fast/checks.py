@@ -105,8 +105,6 @@ def check_head(name: str, hidden: Tensor, weight: object, bias: object) -> None:
 
 def check_teacher_head(hidden: Tensor, weight: object, bias: object, student: Tensor) -> None:
     """A teacher's hidden states and head, beside the student's tensor, already checked."""
-    if weight is None:
-        raise TypeError("teacher_weight: expected a tensor [V, H] beside teacher_hidden, got None.")
     check_head("teacher_hidden", hidden, weight, bias)
     check_constant("teacher_hidden", hidden)
     if hidden.shape[:-1] != student.shape[:-1]:

@@ -73,7 +73,8 @@ def linear_distillation_loss(
         student_weight: `[V, H]` of any floating dtype, which its gradient has too; cast to the hidden states'. A
             parameter may be tied to other uses: autograd adds up.
         teacher_hidden: `[..., H_t]`, the same leading shape, a width and a dtype of its own; without gradient. Or, with
-            `teacher_weight` None, a teacher that brings its rows: `LogProbs`, `Probs`, `TopK`. None: no soft term.
+            `teacher_weight` None, a teacher that brings its rows: logits `[..., V]`, `LogProbs`, `Probs` or `TopK`.
+            None: no soft term.
         teacher_weight: `[V, H_t]`, a constant here, whether it requires grad or not.
         student_bias, teacher_bias: `[V]`, or None.
         precision: "exact": logits are float32, so that a half precision's rounding does not become the gradient as the
@@ -254,9 +255,8 @@ def _linear_loss(
     given, teacher_weight, teacher_bias = teacher
     if isinstance(given, Hidden):
         raise TypeError("teacher_hidden: expected a tensor beside teacher_weight, got Hidden. Pass its parts.")
-    if isinstance(given, Tensor):
+    if isinstance(given, Tensor) and teacher_weight is not None:
         checks.check_teacher_head(given, teacher_weight, teacher_bias, hidden)
-        assert teacher_weight is not None
         checks.check_widths(weight.shape[0], teacher_weight.shape[0], options["vocab_size"])
     else:
         checks.check_no_head(given, teacher_weight, teacher_bias)
@@ -268,7 +268,7 @@ def _linear_loss(
     chosen = choose_backend(hidden, name, how.pop("backend"))
     if chosen == "reference":
         return _by_reference(hidden, weight, bias, teacher, labels, options)
-    if isinstance(given, Tensor):
+    if isinstance(given, Tensor) and teacher_weight is not None:
         given = _in_autocast(given)
     return _call(hidden, (weight, bias), given, (teacher_weight, teacher_bias), labels, how, chosen, options)
 
@@ -287,8 +287,7 @@ def _by_reference(
     if isinstance(given, TopK):
         return reference.topk_loss(logits, given.ids, given.log_probs, labels, tail=given.tail, **options)
     values, _, form = rows_of(given)
-    if isinstance(given, Tensor):
-        assert teacher_weight is not None
+    if isinstance(given, Tensor) and teacher_weight is not None:
         values = reference.head_logits(given, teacher_weight, teacher_bias)
     return reference.distillation_loss(logits, values, labels, teacher_form=form, **options)
 
