@@ -50,10 +50,9 @@ def _op(upstream: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """The same in tensors alone: an empty one for what is not wanted."""
     made = _compute(upstream, *args)
     student = args[0]
-    none = student.new_empty(0)
     unit = made.unit if isinstance(made.unit, Tensor) else student.new_full((), made.unit, dtype=torch.float32)
-    grads = (none if grad is None else grad for grad in made[3:6])
-    return (*(x.clone() for x in made[:3]), *grads, unit)
+    grads = (student.new_empty(0) if grad is None else grad for grad in made[3:6])
+    return (*(x.clone() for x in made[:3]), *grads, unit)  # an op's outputs share no memory
 
 
 def _fake(upstream: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
