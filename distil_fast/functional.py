@@ -18,8 +18,8 @@ from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_diverge
 from distil_fast.teachers import LogProbs, Probs, Teacher, TopK
 
 
-def _backend(values: Tensor, name: str, backend: str | None) -> str:
-    """The name of who serves this call; "reference" is plain torch, the others are kernels."""
+def _backend(values: Tensor, name: str, backend: str | None, plain: str = "") -> str:
+    """The name of who serves this call; "reference" is plain torch, the others are kernels. plain: its name there."""
     chosen = backends.choose(values, backend)
     if (
         chosen != "reference"
@@ -31,7 +31,8 @@ def _backend(values: Tensor, name: str, backend: str | None) -> str:
     ):
         raise NotImplementedError(
             f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
-            f"none: leading dimensions are rows. For these use distil_fast.reference.{name}, which is plain torch."
+            f"none: leading dimensions are rows. For these use distil_fast.{plain or f'reference.{name}'}, "
+            "which is plain torch."
         )
     return chosen
 
@@ -219,7 +220,7 @@ def _topk_loss(
         student_logits, student_logits.shape[-1], labels, teacher_form="the top k", **options
     )
     _check_inplace(inplace, settings.reduction)
-    chosen = _backend(student_logits, name, backend)
+    chosen = _backend(student_logits, name, backend, "reference_topk.topk_loss")
     if chosen == "reference":
         options = {name: value for name, value in options.items() if not name.startswith("teacher_")}
         return reference_topk.topk_loss(student_logits, ids, log_probs, labels, tail=tail, **options)
