@@ -170,7 +170,8 @@ def test_same_logits_have_no_divergence_and_no_gradient(instruction_set: str) ->
     teacher = 5 * torch.randn(3, 3001, generator=oracle.generator("same"))
     for divergence, temperature in itertools.product(oracle.DIVERGENCES.values(), TEMPERATURES):
         result = calls.by_backend(teacher.clone(), teacher, divergence=divergence, temperature=temperature)
-        assert result.values["loss"] == 0, f"{divergence} {temperature}"
+        if divergence != "soft_cross_entropy":  # the teacher's entropy remains
+            assert result.values["loss"] == 0, f"{divergence} {temperature}"
         assert not result.grad.any(), f"{divergence} {temperature}"
 
 
