@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from distil_fast import checks, ops, reference
+from distil_fast import checks, ops, reference, reference_topk
+from distil_fast.backends.settings import RowSettings
 from distil_fast.linear import hidden_teacher_loss
 from distil_fast.options import (
     check_teacher_rows,
@@ -18,9 +19,10 @@ from distil_fast.options import (
     no_soft_term,
     row_options,
     rows_of,
+    without_teacher_logits,
 )
-from distil_fast.reference import Divergence, LossTerms, TripleTerms
-from distil_fast.teachers import Hidden, Teacher
+from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
+from distil_fast.teachers import Hidden, Teacher, TopK
 
 
 def distillation_loss(
@@ -154,11 +156,35 @@ def _row_loss(
     scalars, settings = row_options(student_logits, student_logits.shape[-1], labels, teacher_form=form, **options)
     if inplace and settings.reduction == "none":
         raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
+    if isinstance(teacher_logits, TopK):
+        return _topk_loss(name, student_logits, teacher_logits, labels, scalars, settings, inplace, backend, options)
     chosen = choose_backend(student_logits, name, backend)
     if chosen == "reference":
         return reference.distillation_loss(student_logits, teacher, labels, teacher_form=form, **options)
     vectors = teacher, labels, options["soft_mask"], options["class_weights"]
     return LossTerms(*ops.row_loss(student_logits, *vectors, scalars, settings._replace(backend=chosen), inplace))
+
+
+def _topk_loss(
+    name: str,
+    student_logits: Tensor,
+    teacher: TopK,
+    labels: Tensor | None,
+    scalars: tuple[float | Tensor, ...],
+    settings: RowSettings,
+    inplace: bool,
+    backend: str | None,
+    options: dict[str, Any],
+) -> LossTerms:
+    """`_row_loss` with a teacher of k columns a row; everything is checked."""
+    ids, log_probs, tail = teacher.ids, teacher.log_probs, teacher.tail
+    chosen = choose_backend(student_logits, name, backend, "reference_topk.topk_loss")
+    if chosen == "reference":
+        options = without_teacher_logits(options)
+        return reference_topk.topk_loss(student_logits, ids, log_probs, labels, tail=tail, **options)
+    shift = as_divergence(options["divergence"]).shift
+    vectors, settings = (labels, options["soft_mask"], options["class_weights"]), settings._replace(backend=chosen)
+    return LossTerms(*ops.topk_loss(student_logits, ids, log_probs, *vectors, scalars, settings, shift, tail, inplace))
 
 
 def divergence_loss(

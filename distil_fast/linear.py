@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_fast import checks, reference
+from distil_fast import checks, reference, reference_topk
 from distil_fast.linear_ops import chunked
 from distil_fast.options import (
     check_teacher_rows,
@@ -20,6 +20,7 @@ from distil_fast.options import (
     no_soft_term,
     row_options,
     rows_of,
+    without_teacher_logits,
 )
 from distil_fast.reference import Divergence, LossTerms, as_divergence
 from distil_fast.teachers import Hidden, Teacher, TopK
@@ -285,7 +286,8 @@ def _by_reference(
     logits = reference.head_logits(hidden, weight, bias)
     given, teacher_weight, teacher_bias = teacher
     if isinstance(given, TopK):
-        return reference.topk_loss(logits, given.ids, given.log_probs, labels, tail=given.tail, **options)
+        options = without_teacher_logits(options)
+        return reference_topk.topk_loss(logits, given.ids, given.log_probs, labels, tail=given.tail, **options)
     values, _, form = rows_of(given)
     if isinstance(given, Tensor) and teacher_weight is not None:
         values = reference.head_logits(given, teacher_weight, teacher_bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from distil_fast import backends, checks
-from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS, RowSettings
+from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS, TAILS, RowSettings
 from distil_fast.reference import Divergence, as_divergence
 from distil_fast.teachers import Hidden, LogProbs, Probs, Teacher, TopK
 
@@ -121,7 +121,7 @@ def rows_of(teacher: Tensor | Teacher | None) -> tuple[Tensor | None, Tensor | N
     if isinstance(teacher, Probs):
         return teacher.probs, None, PROBS
     if isinstance(teacher, TopK):
-        return teacher.log_probs, teacher.ids, LOGITS
+        return teacher.log_probs, teacher.ids, LOG_PROBS
     if isinstance(teacher, Hidden):
         return teacher.hidden, None, LOGITS
     return teacher, None, LOGITS
@@ -133,10 +133,10 @@ def check_teacher_rows(teacher: Tensor | Teacher | None, student_logits: Tensor,
     Raises:
         ValueError, TypeError: expected, got, remedy.
     """
-    values, ids, _ = rows_of(teacher)
-    if teacher is None or ids is not None:
-        return
-    checks.check_pair("logits", student_logits, values, vocab_size)
+    if isinstance(teacher, TopK):
+        checks.check_topk(teacher.ids, teacher.log_probs, teacher.tail, TAILS, student_logits)
+    elif teacher is not None:
+        checks.check_pair("logits", student_logits, rows_of(teacher)[0], vocab_size)
 
 
 def no_soft_term() -> dict[str, Any]:
@@ -165,8 +165,13 @@ def no_hard_term() -> dict[str, Any]:
     }
 
 
-def choose_backend(values: Tensor, name: str, backend: str | None) -> str:
-    """The name of who serves this call; "reference" is plain torch, the others are kernels.
+def without_teacher_logits(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a teacher without logits leaves."""
+    return {name: value for name, value in options.items() if not name.startswith("teacher_")}
+
+
+def choose_backend(values: Tensor, name: str, backend: str | None, plain: str = "") -> str:
+    """The name of who serves this call; "reference" is plain torch, the others are kernels. plain: its name there.
 
     Raises:
         ValueError: as backends.serving.
@@ -183,6 +188,7 @@ def choose_backend(values: Tensor, name: str, backend: str | None) -> str:
     ):
         raise NotImplementedError(
             f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
-            f"none: leading dimensions are rows. For these use distil_fast.reference.{name}, which is plain torch."
+            f"none: leading dimensions are rows. For these use distil_fast.{plain or f'reference.{name}'}, "
+            "which is plain torch."
         )
     return chosen

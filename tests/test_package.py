@@ -30,6 +30,7 @@ PUBLIC = {"distil_fast", "functional", "hidden", "linear", "modules", "parallel"
 # part -> the parts that it may import; `distil_fast` is the package's face, distil_fast/__init__.py
 ARROWS: dict[str, set[str]] = {
     "reference": set(),
+    "reference_topk": {"reference"},
     "checks": set(),
     "kernels": set(),
     "backends": {"_C", "kernels", "reference"},
@@ -40,8 +41,18 @@ ARROWS: dict[str, set[str]] = {
     "products": set(),
     "chunks": {"backends", "products"},
     "linear_ops": {"backends", "chunks", "ops"},
-    "linear": {"checks", "linear_ops", "options", "reference", "teachers"},
-    "functional": {"backends", "checks", "hidden", "linear", "ops", "options", "reference", "teachers"},
+    "linear": {"checks", "linear_ops", "options", "reference", "reference_topk", "teachers"},
+    "functional": {
+        "backends",
+        "checks",
+        "hidden",
+        "linear",
+        "ops",
+        "options",
+        "reference",
+        "reference_topk",
+        "teachers",
+    },
     "parallel": {"backends", "checks", "ops", "options", "reference"},
     "modules": {"functional", "hidden", "linear", "parallel", "reference", "teachers"},
     "distil_fast": {"functional", "hidden", "linear", "modules", "parallel", "reference", "teachers"},
