@@ -1,6 +1,6 @@
 """distil_fast: knowledge-distillation losses in one fused pass, exact, forward and gradient.
 
-`functional` holds the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
+`functional` and `hidden` hold the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
 """
 
 from distil_fast.functional import (
@@ -12,27 +12,46 @@ from distil_fast.functional import (
     softmax,
     triple_loss,
 )
-from distil_fast.modules import CosineLoss, CrossEntropyLoss, DistillationLoss, DivergenceLoss, TripleLoss
+from distil_fast.hidden import attention_loss, hidden_loss, logit_mse, mse_loss
+from distil_fast.modules import (
+    AttentionLoss,
+    CosineLoss,
+    CrossEntropyLoss,
+    DistillationLoss,
+    DivergenceLoss,
+    HiddenLoss,
+    HiddenMSELoss,
+    LogitMSELoss,
+    TripleLoss,
+)
 from distil_fast.reference import JSD, ForwardKL, LossTerms, ReverseKL, TripleTerms
 
 __version__ = "0.1.0"
 
 __all__ = [
     "JSD",
+    "AttentionLoss",
     "CosineLoss",
     "CrossEntropyLoss",
     "DistillationLoss",
     "DivergenceLoss",
     "ForwardKL",
+    "HiddenLoss",
+    "HiddenMSELoss",
+    "LogitMSELoss",
     "LossTerms",
     "ReverseKL",
     "TripleLoss",
     "TripleTerms",
+    "attention_loss",
     "cosine_loss",
     "cross_entropy",
     "distillation_loss",
     "divergence_loss",
+    "hidden_loss",
     "log_softmax",
+    "logit_mse",
+    "mse_loss",
     "softmax",
     "triple_loss",
 ]

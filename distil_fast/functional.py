@@ -5,36 +5,13 @@ It knows nothing of kernels or autograd. Next: ops.py; docs/math.md for the form
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from distil_fast import backends, checks, ops, reference
+from distil_fast import backends, checks, ops, pairs, reference
 from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
 
-
-def _backend(values: Tensor, name: str, backend: str | None) -> str:
-    """The name of who serves this call; "reference" is plain torch, the others are kernels."""
-    chosen = backends.choose(values, backend)
-    if (
-        chosen != "reference"
-        and not torch.compiler.is_compiling()
-        and (
-            torch._C._are_functorch_transforms_active()
-            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
-        )
-    ):
-        raise NotImplementedError(
-            f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
-            f"none: leading dimensions are rows. For these use distil_fast.reference.{name}, which is plain torch."
-        )
-    return chosen
-
-
-def _count(name: str, count: object, values: Tensor) -> float | Tensor:
-    return -1.0 if count is None else checks.check_quantity(name, count, values)
+_backend = backends.for_call
+_count = checks.check_count
 
 
 def distillation_loss(
@@ -299,30 +276,9 @@ def cosine_loss(
     Raises:
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
-    return _weighted_cosine(student_hidden, teacher_hidden, mask, 1.0, count, reduction, backend)[0]
-
-
-def _weighted_cosine(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    mask: Any,
-    weight: Any,
-    count: Any,
-    reduction: str,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The cosine loss times a weight, and before it."""
-    checks.check_values("student_hidden", student_hidden)
-    checks.check_pair("hidden", student_hidden, teacher_hidden)
-    checks.check_reduction(reduction, count=count)
-    checks.check_mask("mask", mask, student_hidden)
-    weight = checks.check_quantity("weight", weight, student_hidden)
-    number = _count("count", count, student_hidden)
-    chosen = _backend(student_hidden, "cosine_loss", backend)
-    if chosen == "reference":
-        term = reference.cosine_loss(student_hidden, teacher_hidden, mask, count, reduction)
-        return weight * term, term.detach()
-    return ops.cosine_loss(student_hidden, teacher_hidden, mask, weight, number, reduction, chosen)
+    return pairs.compare(
+        "cosine_loss", "cosine", "hidden", student_hidden, teacher_hidden, mask, count, reduction, backend
+    )[0]
 
 
 def triple_loss(
@@ -375,7 +331,8 @@ def triple_loss(
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}.")
     attention = attention_mask.bool()
-    cos_loss, cos = _weighted_cosine(student_hidden, teacher_hidden, attention, alpha_cos, cos_count, "mean", backend)
+    pair = student_hidden, teacher_hidden, attention, cos_count
+    cos_loss, cos = pairs.compare("cosine_loss", "cosine", "hidden", *pair, "mean", backend, weight=alpha_cos)
     terms = distillation_loss(
         student_logits,
         teacher_logits,

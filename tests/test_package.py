@@ -25,19 +25,22 @@ PACKAGE = ROOT / "distil_fast"
 
 # ------------------------------------------------------------------------------------------------ arrows
 
-PUBLIC = {"distil_fast", "functional", "linear", "modules", "reference"}
+PUBLIC = {"distil_fast", "functional", "hidden", "linear", "modules", "reference"}
 
 # part -> the parts that it may import; `distil_fast` is the package's face, distil_fast/__init__.py
 ARROWS: dict[str, set[str]] = {
-    "reference": set(),
+    "reference_pairs": set(),
+    "reference": {"reference_pairs"},
     "checks": set(),
     "kernels": set(),
     "backends": {"_C", "kernels", "reference"},
     "ops": {"backends"},
-    "functional": {"backends", "checks", "ops", "reference"},
+    "pairs": {"backends", "checks", "ops", "reference"},
+    "functional": {"backends", "checks", "ops", "pairs", "reference"},
+    "hidden": {"checks", "pairs"},
     "linear": {"backends", "checks", "ops", "reference"},
-    "modules": {"functional", "linear", "reference"},
-    "distil_fast": {"functional", "linear", "modules", "reference"},
+    "modules": {"functional", "hidden", "linear", "reference"},
+    "distil_fast": {"functional", "hidden", "linear", "modules", "reference"},
     "training": PUBLIC,
     "integrations": PUBLIC,
     "bench": PUBLIC | {"_C", "backends"},  # which name what serves, and choose another to measure it
@@ -218,6 +221,10 @@ def test_every_public_name_is_there() -> None:
         "cross_entropy",
         "softmax",
         "cosine_loss",
+        "mse_loss",
+        "logit_mse",
+        "hidden_loss",
+        "attention_loss",
         "triple_loss",
     } <= functions
 

@@ -32,19 +32,30 @@ template <class V>
 inline V expm1(V x) {
   return select(abs(x) < V(0.5), x + expm1_tail(x), Exponential<V>(1.0)(x) - V(1));
 }
+
+// log1p(x) - x for sqrt(1/2) - 1 <= x < sqrt(2) - 1; its error relative to itself is 4e-7.
+template <class V>
+inline V log1p_tail(V x) {
+  V p = fma(V(-0.07634438), x, V(0.12761563));
+  p = fma(p, x, V(-0.13160197));
+  p = fma(p, x, V(0.1420176));
+  p = fma(p, x, V(-0.16623355));
+  p = fma(p, x, V(0.20001227));
+  p = fma(p, x, V(-0.25000823));
+  p = fma(p, x, V(0.3333333));
+  return fma(p * x, x * x, V(-0.5) * x * x);
+}
+
+// log(y + lost) for normal y > 0 and lost no more than its rounding. At most 3 ulp.
+template <class V>
+inline V log(V y, V relative_lost = V(0)) {
+  V e = exponent(y), z = scale2(y, V(0) - e) - V(1);  // y = 2^e (1 + z), z in [sqrt(1/2) - 1, sqrt(2) - 1)
+  return fma(e, V(0.6931471805599453), z + (log1p_tail(z) + relative_lost));
+}
+
 // log(1 + x) for -1 < x, finite. At most 3 ulp.
 template <class V>
 inline V log1p(V x) {
   V y = max(V(1) + x, V(1e-30));
-  V e = exponent(y), z = scale2(y, V(0) - e) - V(1);  // y = 2^e (1 + z), z in [sqrt(1/2) - 1, sqrt(2) - 1)
-  V p = fma(V(-0.07634438), z, V(0.12761563));
-  p = fma(p, z, V(-0.13160197));
-  p = fma(p, z, V(0.1420176));
-  p = fma(p, z, V(-0.16623355));
-  p = fma(p, z, V(0.20001227));
-  p = fma(p, z, V(-0.25000823));
-  p = fma(p, z, V(0.3333333));
-  V tail = fma(p * z, z * z, V(-0.5) * z * z);
-  V rounded_away = x - (y - V(1));  // what 1 + x lost
-  return fma(e, V(0.6931471805599453), z + (tail + rounded_away / y));
+  return log(y, (x - (y - V(1))) / y);  // with what 1 + x lost
 }
