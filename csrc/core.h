@@ -129,10 +129,15 @@ struct SoftmaxBackward {
 
 void softmax_backward_cpu(const SoftmaxBackward& call);
 
-// loss = sum over rows of share * (1 - cos(student, teacher)).
-struct CosineLoss {
+// How two tensors are compared: 1 - cos(student, teacher) of each row, or the sum of one of pairs.h over its entries.
+enum class PairKind : int32_t { cosine, squared, kl };
+
+// loss = weight * sum over rows of share * scale * value(student, teacher).
+struct PairLoss {
   int64_t outer = 0, inner = 0, cols = 0;
   Matrix student, teacher, grad;
+  PairKind kind = PairKind::cosine;
+  double scale = 1.0;  // of the row's value; in (0, 1], of cosine 1
   const void* mask = nullptr;
   bool mask_is_bool = false;
   double weight = 1.0;
@@ -143,7 +148,11 @@ struct CosineLoss {
   double* unit = nullptr;
 };
 
-Fault cosine_loss_cpu(const CosineLoss& call);
+Fault pair_loss_cpu(const PairLoss& call);
+
+// An fp16 gradient's unit follows from the largest row weight; of `squared` and `kl` it is so many times larger than of a
+// probability, whose gradients are below 1.
+inline constexpr double pair_unit = 64.0;
 
 // ---- CUDA: present where nvcc was when this was built. Pointers are the device's; `numbers` says the rest, and what is a
 // pointer beside it stands, where it is not null, for the number of its name. A call launches kernels on `stream` of
@@ -181,8 +190,8 @@ struct CudaTemperature {
 const char* softmax_cuda(const CudaTemperature<Softmax>& call);
 const char* softmax_backward_cuda(const CudaTemperature<SoftmaxBackward>& call);
 
-struct CudaCosineLoss {
-  CosineLoss numbers;
+struct CudaPairLoss {
+  PairLoss numbers;
   const float *weight = nullptr, *count = nullptr;
   float* unit = nullptr;
   double* fault = nullptr;
@@ -190,7 +199,7 @@ struct CudaCosineLoss {
   void* stream = nullptr;
 };
 
-const char* cosine_loss_cuda(const CudaCosineLoss& call);
+const char* pair_loss_cuda(const CudaPairLoss& call);
 
 // How many devices there are, or, where they cannot be asked, 0 and why.
 int devices_cuda(const char** why);

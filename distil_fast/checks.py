@@ -192,6 +192,11 @@ def check_quantity(name: str, quantity: object, values: Tensor) -> float | Tenso
     return _checked_scalar(name, quantity, values)
 
 
+def check_count(name: str, count: object, values: Tensor) -> float | Tensor:
+    """A denominator as `check_quantity` has it; None, counted by the kernels, comes back as -1."""
+    return -1.0 if count is None else check_quantity(name, count, values)
+
+
 def check_temperature(temperature: object, values: Tensor) -> float | Tensor:
     """A number > 0, or a tensor: 0-d, or one temperature per row."""
     if not isinstance(temperature, Tensor):

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from distil_fast import checks, ops, reference, reference_topk
+from distil_fast import backends, checks, ops, pairs, reference, reference_topk
 from distil_fast.backends.settings import RowSettings
 from distil_fast.linear import hidden_teacher_loss
 from distil_fast.options import (
     check_teacher_rows,
-    choose_backend,
     no_hard_term,
     no_soft_term,
     row_options,
@@ -158,7 +157,7 @@ def _row_loss(
         raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
     if isinstance(teacher_logits, TopK):
         return _topk_loss(name, student_logits, teacher_logits, labels, scalars, settings, inplace, backend, options)
-    chosen = choose_backend(student_logits, name, backend)
+    chosen = backends.for_call(student_logits, name, backend)
     if chosen == "reference":
         return reference.distillation_loss(student_logits, teacher, labels, teacher_form=form, **options)
     vectors = teacher, labels, options["soft_mask"], options["class_weights"]
@@ -178,7 +177,7 @@ def _topk_loss(
 ) -> LossTerms:
     """`_row_loss` with a teacher of k columns a row; everything is checked."""
     ids, log_probs, tail = teacher.ids, teacher.log_probs, teacher.tail
-    chosen = choose_backend(student_logits, name, backend, "reference_topk.topk_loss")
+    chosen = backends.for_call(student_logits, name, backend, "reference_topk.topk_loss")
     if chosen == "reference":
         options = without_teacher_logits(options)
         return reference_topk.topk_loss(student_logits, ids, log_probs, labels, tail=tail, **options)
@@ -317,7 +316,7 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0, *, backend: s
 def _softmax(name: str, logits: Tensor, temperature: float | Tensor, backend: str | None) -> Tensor:
     checks.check_values("logits", logits)
     temperature = checks.check_temperature(temperature, logits)
-    chosen = choose_backend(logits, name, backend)
+    chosen = backends.for_call(logits, name, backend)
     if chosen == "reference":
         return getattr(reference, name)(logits, temperature)
     return ops.softmax(logits, temperature, name == "log_softmax", chosen)
@@ -352,30 +351,9 @@ def cosine_loss(
     Raises:
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
-    return _weighted_cosine(student_hidden, teacher_hidden, mask, 1.0, count, reduction, backend)[0]
-
-
-def _weighted_cosine(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    mask: Any,
-    weight: Any,
-    count: Any,
-    reduction: str,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The cosine loss times a weight, and before it."""
-    checks.check_values("student_hidden", student_hidden)
-    checks.check_pair("hidden", student_hidden, teacher_hidden)
-    checks.check_reduction(reduction, count=count)
-    checks.check_mask("mask", mask, student_hidden)
-    weight = checks.check_quantity("weight", weight, student_hidden)
-    number = -1.0 if count is None else checks.check_quantity("count", count, student_hidden)
-    chosen = choose_backend(student_hidden, "cosine_loss", backend)
-    if chosen == "reference":
-        term = reference.cosine_loss(student_hidden, teacher_hidden, mask, count, reduction)
-        return weight * term, term.detach()
-    return ops.cosine_loss(student_hidden, teacher_hidden, mask, weight, number, reduction, chosen)
+    return pairs.compare(
+        "cosine_loss", "cosine", "hidden", student_hidden, teacher_hidden, mask, count, reduction, backend
+    )[0]
 
 
 def triple_loss(
@@ -428,7 +406,8 @@ def triple_loss(
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}.")
     attention = attention_mask.bool()
-    cos_loss, cos = _weighted_cosine(student_hidden, teacher_hidden, attention, alpha_cos, cos_count, "mean", backend)
+    pair = student_hidden, teacher_hidden, attention, cos_count
+    cos_loss, cos = pairs.compare("cosine_loss", "cosine", "hidden", *pair, "mean", backend, weight=alpha_cos)
     terms = distillation_loss(
         student_logits,
         teacher_logits,

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_fast import checks, reference, reference_topk
+from distil_fast import backends, checks, reference, reference_topk
 from distil_fast.linear_ops import chunked
 from distil_fast.options import (
     check_teacher_rows,
-    choose_backend,
     no_hard_term,
     no_soft_term,
     row_options,
@@ -230,7 +229,7 @@ def hidden_teacher_loss(
     """`distillation_loss` of logits, beside a teacher whose logits are made in chunks; the logits are checked."""
     checks.check_teacher_head(teacher.hidden, teacher.weight, teacher.bias, student_logits)
     checks.check_widths(student_logits.shape[-1], teacher.weight.shape[0], options["vocab_size"])
-    chosen = choose_backend(student_logits, "distillation_loss", backend)
+    chosen = backends.for_call(student_logits, "distillation_loss", backend)
     if chosen == "reference":
         logits = reference.head_logits(teacher.hidden, teacher.weight, teacher.bias)
         return reference.distillation_loss(student_logits, logits, labels, **options)
@@ -266,7 +265,7 @@ def _linear_loss(
     if how["precision"] not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {how['precision']!r}.")
     hidden = _in_autocast(hidden)
-    chosen = choose_backend(hidden, name, how.pop("backend"))
+    chosen = backends.for_call(hidden, name, how.pop("backend"))
     if chosen == "reference":
         return _by_reference(hidden, weight, bias, teacher, labels, options)
     if isinstance(given, Tensor) and teacher_weight is not None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from distil_fast import backends, checks
+from distil_fast import checks
 from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS, TAILS, RowSettings
 from distil_fast.reference import Divergence, as_divergence
 from distil_fast.teachers import Hidden, LogProbs, Probs, Teacher, TopK
@@ -25,10 +23,6 @@ class RowOptions(NamedTuple):
 
     scalars: tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
     settings: RowSettings
-
-
-def _count(name: str, count: object, values: Tensor) -> Scalar:
-    return -1.0 if count is None else checks.check_quantity(name, count, values)
 
 
 def _transform(model: str, scale: float, softcap: float | None) -> tuple[float, float]:
@@ -96,8 +90,8 @@ def row_options(
         checks.check_temperature(temperature, values),
         checks.check_quantity("soft_weight", soft_weight, values),
         hard_weight,
-        _count("soft_count", soft_count, values),
-        _count("hard_count", hard_count, values),
+        checks.check_count("soft_count", soft_count, values),
+        checks.check_count("hard_count", hard_count, values),
     )
     settings = RowSettings(
         checks.check_ignore_index(ignore_index),
@@ -168,27 +162,3 @@ def no_hard_term() -> dict[str, Any]:
 def without_teacher_logits(options: dict[str, Any]) -> dict[str, Any]:
     """The options that a teacher without logits leaves."""
     return {name: value for name, value in options.items() if not name.startswith("teacher_")}
-
-
-def choose_backend(values: Tensor, name: str, backend: str | None, plain: str = "") -> str:
-    """The name of who serves this call; "reference" is plain torch, the others are kernels. plain: its name there.
-
-    Raises:
-        ValueError: as backends.serving.
-        NotImplementedError: inside a torch.func transform, or in forward-mode differentiation.
-    """
-    chosen = backends.choose(values, backend)
-    if (
-        chosen != "reference"
-        and not torch.compiler.is_compiling()
-        and (
-            torch._C._are_functorch_transforms_active()
-            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
-        )
-    ):
-        raise NotImplementedError(
-            f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
-            f"none: leading dimensions are rows. For these use distil_fast.{plain or f'reference.{name}'}, "
-            "which is plain torch."
-        )
-    return chosen

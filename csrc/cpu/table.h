@@ -101,12 +101,14 @@ struct SoftmaxSweeps {
 };
 
 template <int D>
-struct HiddenSweeps {
+struct PairSweeps {
   void (*square_sums[D][D])(const void* student, const void* teacher, int64_t n, double* ss, double* tt);
   void (*distance[D][D])(const void* student, const void* teacher, int64_t n, double inverse_s, double inverse_t,
                          double* e_square, double* u_e);
-  void (*gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,
-                         double inverse_t, double of_e, double of_u);
+  void (*cosine_gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,
+                                double inverse_t, double of_e, double of_u);
+  // of a PairKind but cosine: the row's sum; grad = of_g g, where grad is not null
+  double (*entries[3][D][D])(void* grad, const void* student, const void* teacher, int64_t n, double of_g);
 };
 
 template <class Real>
@@ -123,7 +125,7 @@ template <class Real>
 struct Table {
   Sweeps<Real> rows;
   SoftmaxSweeps<dtypes<Real>> softmax;
-  HiddenSweeps<dtypes<Real>> hidden;
+  PairSweeps<dtypes<Real>> pairs;
   TopKSweeps<Real> topk;
   void (*rescale[dtypes<Real>])(void* values, int64_t n, double factor);
 };

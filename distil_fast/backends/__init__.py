@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 KERNELS = ("native", "cuda", "triton")  # in the order of preference
 NAMES = (*KERNELS, "reference")
@@ -106,6 +107,31 @@ def _remembered(kind: str, index: int | None, dtype: str, backend: str | None) -
 
 # What torch.compiler.assume_constant_result does, whose import of the compiler takes a second.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def for_call(values: Tensor, name: str, backend: str | None, plain: str = "") -> str:
+    """`choose` for a call of the public function `name`, whose transforms kernels have no rules for; `plain` is the
+    same in plain torch, where it has another name than in distil_fast.reference.
+
+    Raises:
+        NotImplementedError: inside a torch.func transform or forward-mode differentiation.
+        ValueError: as `serving`.
+    """
+    chosen = choose(values, backend)
+    if (
+        chosen != "reference"
+        and not torch.compiler.is_compiling()
+        and (
+            torch._C._are_functorch_transforms_active()
+            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
+        )
+    ):
+        raise NotImplementedError(
+            f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
+            f"none: leading dimensions are rows. For these use distil_fast.{plain or f'reference.{name}'}, "
+            "which is plain torch."
+        )
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------ checking

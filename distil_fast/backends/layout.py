@@ -13,6 +13,8 @@ from torch import Tensor
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 REDUCTION_CODE = {"mean": 0, "sum": 1, "none": 2}
+PAIR_CODE = {"cosine": 0, "squared": 1, "kl": 2}  # PairKind
+PAIR_UNIT = 64.0  # pair_unit
 LABEL, MASK, TEMPERATURE, CLASS_WEIGHT, TEACHER_MASS, TOPK_ID, TOPK_LOG_PROB = 1, 2, 3, 4, 5, 6, 7  # FaultKind
 
 Shape = tuple[int, int, int]
