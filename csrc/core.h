@@ -21,7 +21,8 @@ struct Matrix {
 enum class Reduction : int32_t { mean, sum, none };
 
 // What was wrong with the values: no logit is read and nothing is written when a call returns anything but
-// `nothing`.
+// `nothing`. row_loss's teacher_mass alone is seen while rows are read: then every output is written, and where a row was
+// at fault its loss is nan and its gradient 0.
 enum class FaultKind : int32_t {
   nothing,
   label,
@@ -35,7 +36,7 @@ enum class FaultKind : int32_t {
 
 struct Fault {
   FaultKind kind = FaultKind::nothing;
-  int64_t row = -1;    // the first row at fault
+  int64_t row = -1;    // the first row at fault; of class_weight: the class
   double value = 0.0;  // what stood there
 };
 
