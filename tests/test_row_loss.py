@@ -239,7 +239,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "jsd": {"divergence": distil_fast.JSD(0.25)},
     "class_weights": {"class_weights": CLASS_WEIGHTS},
     "class_weights and count": {"class_weights": CLASS_WEIGHTS, "hard_count": 5.0, "hard_weight": 0.5},
-    "class_weights of a label that is ignored": {"class_weights": CLASS_WEIGHTS, "ignore_index": 3},
+    "ignore_index and class_weights": {"class_weights": CLASS_WEIGHTS, "ignore_index": 3},
     "half class_weights": {"class_weights": CLASS_WEIGHTS.bfloat16(), "soft_weight": 0.0},
     "z_loss": {"z_loss": 1e-2},
     "z_loss at T = 1, smooth": {"z_loss": 0.3, "temperature": 1.0, "label_smoothing": 0.2},

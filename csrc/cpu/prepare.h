@@ -24,17 +24,17 @@ inline void for_vectors(const S* from, int64_t n, Step step) {
   if (whole < n) step(whole, load(from + whole, n - whole, 0.0), n - whole);
 }
 
-// logits = scale x; cap tanh(scale x / cap), where -inf, a masked column, stays; or scale log x, where a negative x has
-// none.
+// logits = scale x; cap tanh(scale x / cap), where -inf, a masked column, stays; or scale log x, which a negative or
+// infinite x has not.
 template <class V, class S>
 void prepare(const void* given, int64_t n, const Prepare& by, typename V::Real* logits) {
   constexpr double inf = std::numeric_limits<double>::infinity();
   const S* from = static_cast<const S*>(given);
   const V scale(by.scale);
   if (by.logarithm) {
-    const V none(-inf), wrong(std::numeric_limits<double>::quiet_NaN());
+    const V none(-inf), beyond(inf), wrong(std::numeric_limits<double>::quiet_NaN());
     for_vectors<V>(from, n, [&](int64_t j, V x, auto... part) {
-      V y = scale * log(select(V(0) < x, x, V(1)));
+      V y = select(x < beyond, scale * log(select(V(0) < x, x, V(1))), wrong);
       store(logits + j, select(V(0) < x, y, select(is_zero(x), none, wrong)), part...);
     });
   } else if (by.cap != 0.0) {

@@ -86,7 +86,7 @@ class RowLossCall : RowCall<Real> {
   // Whether the teacher's row sums to more than 1, or to nothing that is a number: then it has a loss of nan.
   template <class Team>
   bool too_much(const Team& team, int64_t row, double mass) {
-    if (mass <= (size_of(c_.teacher.dtype) == 2 ? 1.01 : 1.001)) return false;
+    if (mass <= mass_limit(c_.teacher.dtype)) return false;
     if (team.leads()) {
       excess_[row] = mass;
       soft_[row] = hard_[row] = std::numeric_limits<double>::quiet_NaN();
