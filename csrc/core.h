@@ -95,7 +95,7 @@ struct TopKLoss {
   int64_t k = 0;
   const int64_t* ids = nullptr;     // [rows, k]; -1: no entry
   const void* log_probs = nullptr;  // [rows, k] Real, in the whole distribution; -inf: a probability of 0
-  double tolerance = 1e-3;          // what rounding may add: 1e-2 where the log-probabilities had 16 bits
+  double tolerance = 1e-3;          // what rounding may add, by the dtype that the log-probabilities had
   Tail tail = Tail::bucket;
   double shift = 0.0;  // the divergence's functor adds shift (q - p) to f and shift q to g; `ignore` takes it off again
 };

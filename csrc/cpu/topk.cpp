@@ -1,63 +1,19 @@
 // topk.cpp: the row algorithm with a teacher of k columns a row: the student's exponentials in one sweep, the k outcomes
 // and their bucket in a small vector of their own, the gradient in a second sweep, and at the ids once more. What does
-// not ask for the teacher (weights, labels, the hard term, sums over rows) is row_call.h's. Next: topk.h; docs/math.md,
-// section 10.
+// not ask for the teacher (weights, labels, the hard term, sums over rows) is row_call.h's. Next: topk_outcomes.h, topk.h;
+// docs/math.md, "A top-k teacher".
 #include <atomic>
 #include <cstring>
 #include <memory>
 
 #include "row_call.h"
+#include "topk_outcomes.h"
 
 namespace distil_fast {
 namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
-constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-constexpr double negligible = 1e-2;  // of mass that is missing to 1, where the student has none outside: rounding
-constexpr double faint = 1e-25;      // a tail of so little mass takes a reference of its own: floats end at 1e-38
-
-// What a row's outcomes come to. Its gradient is weight / T times g_i - of_q q_i at an id, of_tail e_j elsewhere.
-struct Soft {
-  int64_t n;     // entries that are no padding
-  double p_sum;  // of their probabilities
-  double of_q, of_tail;
-};
-
-// Sum of the student's exponentials outside the ids, relative to a reference.
-struct Outside {
-  double z, ref;
-};
-
-// A row's entries, behind the row algorithm's own scratch.
-template <class Real>
-struct Entries {
-  Soft* soft;
-  int64_t* ids;
-  double *logits, *log_p, *exp_q, *exp_p;  // [k]; exponentials relative to references of their own
-  double* outside;                         // [blocks]
-  Real *p, *q, *g;                         // [k + 1]; g begins as r
-
-  static int64_t padded(int64_t k) { return Scratch<Real>::padded(k + 1); }
-  static size_t bytes(int64_t cols, int64_t k) {
-    return sizeof(Soft) + (5 * k + blocks_of(cols)) * sizeof(double) + 3 * padded(k) * sizeof(Real) + 64;
-  }
-  Entries(std::byte* memory, int64_t cols, int64_t k) {
-    soft = reinterpret_cast<Soft*>(memory);
-    ids = reinterpret_cast<int64_t*>(soft + 1);
-    logits = reinterpret_cast<double*>(ids + k);
-    log_p = logits + k;
-    exp_q = log_p + k;
-    exp_p = exp_q + k;
-    outside = exp_p + k;
-    p = reinterpret_cast<Real*>(outside + blocks_of(cols));
-    q = p + padded(k);
-    g = q + padded(k);
-  }
-  // Where exponentials of 0 make a vector's rest harmless.
-  void pad(int64_t n) {
-    for (int64_t i = n; i < Scratch<Real>::padded(n); ++i) p[i] = q[i] = g[i] = 0;
-  }
-};
+constexpr double faint = 1e-25;  // a tail of so little mass takes a reference of its own: floats end at 1e-38
 
 template <class Real>
 class TopKCall : RowCall<Real> {
@@ -78,7 +34,7 @@ class TopKCall : RowCall<Real> {
     std::unique_ptr<double[]> values(new double[2 * rows_]);
     soft_ = values.get();
     hard_ = soft_ + rows_;
-    for_rows(rows_, c_.cols, scratch_of_rows() + Entries<Real>::bytes(c_.cols, k_),
+    for_rows(rows_, c_.cols, scratch_of_rows() + Outcomes<Real>::bytes(c_.cols, k_),
              [this](int64_t row, auto team, std::byte* memory) { run_row(row, team, memory); });
     Base::reduce();
     return {};
@@ -135,10 +91,10 @@ class TopKCall : RowCall<Real> {
   void run_row(int64_t row, const Team& team, std::byte* memory) {
     const double soft_w = Base::soft_weight(row), hard_w = Base::hard_weight(row);
     char* out = c_.grad.data ? row_at(c_.grad, row, c_.inner) : nullptr;
-    Entries<Real> e(memory + scratch_of_rows(), c_.cols, k_);
+    Outcomes<Real> e(memory + scratch_of_rows(), topk_, table_);
     team.each(1, [&](int64_t) {
       soft_[row] = hard_[row] = 0.0;
-      *e.soft = {};
+      *e.found = {};
       if (soft_w != 0.0) gather(row, e);
     });
     const bool tailed = soft_w != 0.0 && topk_.tail != Tail::renormalise;
@@ -146,7 +102,7 @@ class TopKCall : RowCall<Real> {
     const double own_t = soft_w != 0.0 ? temperature_[row] : 1.0;
     if (!tailed && label < 0) {
       team.each(1, [&](int64_t) {
-        soft_[row] = renormalised(own_t, e);
+        soft_[row] = e.renormalised(own_t);
         if (out) write_ids_alone(row, out, soft_w / own_t / unit_, e);
       });
       return;
@@ -163,26 +119,21 @@ class TopKCall : RowCall<Real> {
     const Outside outside = tailed ? leave_out(team, student, t, sums, w, e) : Outside{};
     team.each(1, [&](int64_t) {
       hard_[row] = hard_value;
-      soft_[row] = tailed ? against_all(t, sums, outside, e) : renormalised(own_t, e);
+      soft_[row] = tailed ? e.against_all(t, sums.ref_s, outside) : e.renormalised(own_t);
     });
     const Weights weight{soft_w / own_t / unit_, hard_w / unit_};
     if (out) write(team, row, out, student, label, tailed, weight, t, kind, sums, outside, hard, w, e);
   }
 
-  void gather(int64_t row, Entries<Real>& e) const {
+  void gather(int64_t row, Outcomes<Real>& e) const {
     const int64_t* ids = ids_of(row);
     const Real* log_probs = log_probs_of(row);
     const Logits raw = given(c_.student, row);
-    Soft& soft = *e.soft;
     for (int64_t i = 0; i < k_; ++i) {
       if (ids[i] < 0) continue;
       Real logit;
       table_.prepare[raw.dtype](raw.at(ids[i]), 1, of_student(), &logit);
-      e.ids[soft.n] = ids[i];
-      e.logits[soft.n] = logit;
-      e.log_p[soft.n] = log_probs[i];
-      soft.p_sum += e.exp_p[soft.n] = std::exp(double(log_probs[i]));
-      ++soft.n;
+      e.add(ids[i], logit, log_probs[i]);
     }
   }
 
@@ -206,15 +157,15 @@ class TopKCall : RowCall<Real> {
   // its digits.
   template <class Team>
   Outside leave_out(const Team& team, const Logits& student, double t, const Row& sums, Scratch<Real>& w,
-                    Entries<Real>& e) const {
+                    Outcomes<Real>& e) const {
     auto put_at_ids = [&](Real* row, double value) {
       team.each(1, [&](int64_t) {
-        for (int64_t i = 0; i < e.soft->n; ++i) row[e.ids[i]] = Real(value);
+        for (int64_t i = 0; i < e.found->n; ++i) row[e.ids[i]] = Real(value);
       });
     };
     put_at_ids(w.es, 0.0);
     const double z = sum_outside(team, t, sums.ref_s, w, e);
-    if (!(z < faint) || e.soft->n == c_.cols) return {z, sums.ref_s};
+    if (!(z < faint) || e.found->n == c_.cols) return {z, sums.ref_s};
     team.each(blocks(), [&](int64_t b) {
       const int64_t j = block_start(b);
       table_.prepare[student.dtype](student.at(j), size_at(b), Prepare{1.0, 0.0, false}, w.et + j);
@@ -230,120 +181,35 @@ class TopKCall : RowCall<Real> {
   }
 
   template <class Team>
-  double sum_outside(const Team& team, double t, double ref, const Scratch<Real>& w, Entries<Real>& e) const {
-    team.each(blocks(), [&](int64_t b) { e.outside[b] = sweeps_.total(w.es + block_start(b), size_at(b)); });
+  double sum_outside(const Team& team, double t, double ref, const Scratch<Real>& w, Outcomes<Real>& e) const {
+    team.each(blocks(), [&](int64_t b) { e.block_sums[b] = sweeps_.total(w.es + block_start(b), size_at(b)); });
     double z = 0.0;
-    for (int64_t b = 0; b < blocks(); ++b) z += e.outside[b] * fade(w.blocks[b].ref_s, ref, t);
-    team.meet();  // `outside` may be used again
+    for (int64_t b = 0; b < blocks(); ++b) z += e.block_sums[b] * fade(w.blocks[b].ref_s, ref, t);
+    team.meet();  // the block sums may be used again
     return z;
   }
 
-  // Exponentials of the entries' logits at temperature t, and their sum.
-  double exponentiate_ids(double t, double ref, Entries<Real>& e) const {
-    double z = 0.0;
-    for (int64_t i = 0; i < e.soft->n; ++i) z += e.exp_q[i] = std::exp((e.logits[i] - ref) / t);
-    return z;
-  }
-
-  // One outcome: its probabilities, and r = log q - log p.
-  void outcome(int64_t i, double p, double q, double r, Entries<Real>& e) const {
-    e.p[i] = Real(p);
-    e.q[i] = Real(q);
-    e.g[i] = p == 0.0 && q == 0.0 ? Real(0) : Real(r);
-  }
-
-  // The ids', of exponentials that sum to z_q and z_p over the distribution.
-  void outcomes(double t, double ref_q, double z_q, double ref_p, double z_p, Entries<Real>& e) const {
-    const double rho = std::log(z_q) - (ref_p + std::log(z_p));
-    for (int64_t i = 0; i < e.soft->n; ++i)
-      outcome(i, e.exp_p[i] / z_p, e.exp_q[i] / z_q, (e.logits[i] - ref_q) / t - e.log_p[i] - rho, e);
-  }
-
-  struct Sums {
-    double f, g, centre;
-  };
-
-  // The divergence over n outcomes; r makes room for g.
-  Sums diverge(int64_t n, Entries<Real>& e) const {
-    e.pad(n);
-    double centre = table_.centred[c_.divergence] ? table_.weighted_difference(e.q, e.g, n) : 0.0;
-    if (!std::isfinite(centre)) centre = 0.0;
-    const Divide by{1.0, 1.0, 1.0, 0.0, c_.parameters[0], c_.parameters[1], centre};
-    double f, g;
-    table_.diverge[c_.divergence](e.q, e.p, e.g, n, by, &f, &g, Ahead{});
-    return {f, g, centre};
-  }
-
-  // Tails that compare the student's own distribution, over all columns.
-  double against_all(double t, const Row& sums, const Outside& outside, Entries<Real>& e) const {
-    Soft& soft = *e.soft;
-    const double apart = outside.ref == sums.ref_s ? 0.0 : (outside.ref - sums.ref_s) / t;
-    const double z_ids = exponentiate_ids(t, sums.ref_s, e);
-    const double z_tail = outside.z * (apart == 0.0 ? 1.0 : std::exp(apart));
-    const double z = z_ids + z_tail > 0.0 ? z_ids + z_tail : nan, q_ids = z_ids / z, q_tail = z_tail / z;
-    outcomes(t, sums.ref_s, z, 0.0, 1.0, e);
-    double value, of_tail;
-    if (topk_.tail == Tail::bucket) {
-      const double missing = 1.0 - soft.p_sum;
-      const double p_tail = missing > 0.0 && !(outside.z == 0.0 && missing <= negligible) ? missing : 0.0;
-      const double log_p = soft.p_sum < 0.5 ? std::log1p(-soft.p_sum) : std::log(p_tail);
-      outcome(soft.n, p_tail, q_tail, std::log(outside.z) + apart - std::log(z) - log_p, e);
-      const Sums over = diverge(soft.n + 1, e);
-      value = over.f - topk_.shift * (missing - p_tail);  // 0 unless `missing` is below 0 or negligible
-      soft.of_q = over.g;
-      of_tail = e.g[soft.n] - q_tail * over.g;
-    } else {
-      const Sums over = diverge(soft.n, e);
-      const double added = topk_.shift - over.centre;  // to g, in units of q
-      value = over.f - topk_.shift * (q_ids - soft.p_sum);
-      soft.of_q = over.g + added * q_tail;
-      of_tail = -q_tail * (over.g - added * q_ids);
-    }
-    soft.of_tail = outside.z == 0.0 ? 0.0 : of_tail / outside.z;
-    return value;
-  }
-
-  // Both models over the ids alone.
-  double renormalised(double t, Entries<Real>& e) const {
-    Soft& soft = *e.soft;
-    if (soft.n == 0) return 0.0;
-    double ref = -infinity, ref_p = -infinity, z_p = 0.0;
-    for (int64_t i = 0; i < soft.n; ++i) {
-      ref = std::max(ref, e.logits[i]);
-      ref_p = std::max(ref_p, e.log_p[i]);
-    }
-    for (int64_t i = 0; i < soft.n; ++i) z_p += e.exp_p[i] = std::exp(e.log_p[i] - ref_p);
-    outcomes(t, ref, exponentiate_ids(t, ref, e), ref_p, z_p, e);
-    const Sums over = diverge(soft.n, e);
-    soft.of_q = over.g;
-    return over.f;
-  }
-
-  // The soft gradient at an id; `weight` holds 1 / T already, here and below.
-  double at_id(int64_t i, double weight, const Entries<Real>& e) const {
-    return weight * (e.g[i] - e.q[i] * e.soft->of_q);
-  }
-
-  // Zeros but at the ids. In place, the slope of a prepared student is taken there before the logits are gone.
-  void write_ids_alone(int64_t row, char* out, double weight, Entries<Real>& e) const {
+  // Zeros but at the ids; `weight` holds 1 / T already, here and below. The slope of a prepared student is taken before
+  // the logits are gone, which in place is here.
+  void write_ids_alone(int64_t row, char* out, double weight, Outcomes<Real>& e) const {
     const Logits raw = given(c_.student, row);
-    for (int64_t i = 0; i < e.soft->n; ++i) {
-      const Real value = Real(at_id(i, weight, e));
-      table_.chain[raw.dtype](e.exp_p + i, raw.at(e.ids[i]), &value, 1, of_student());
+    for (int64_t i = 0; i < e.found->n; ++i) {
+      const Real value = Real(weight * e.slope(i));
+      table_.chain[raw.dtype](e.room(i), raw.at(e.ids[i]), &value, 1, of_student());
     }
     std::memset(out, 0, c_.cols * size_);
-    for (int64_t i = 0; i < e.soft->n; ++i) std::memcpy(out + e.ids[i] * size_, e.exp_p + i, size_);
+    for (int64_t i = 0; i < e.found->n; ++i) std::memcpy(out + e.ids[i] * size_, e.room(i), size_);
   }
 
   template <class Team>
   void write(const Team& team, int64_t row, char* out, const Logits& student, int64_t label, bool tailed,
              Weights weight, double t, Hard kind, const Row& sums, const Outside& outside, const HardTerm<Real>& hard,
-             const Scratch<Real>& w, const Entries<Real>& e) const {
+             const Scratch<Real>& w, const Outcomes<Real>& e) const {
     static constexpr Real zeros[block_cols] = {};
     // Outside the ids the soft gradient is a multiple of the exponentials.
     auto factors = [&](int64_t b) {
       const double ref = w.blocks[b].ref_s;
-      return Combine{1.0, tailed ? weight.soft * e.soft->of_tail * fade(ref, outside.ref, t) : 0.0,
+      return Combine{1.0, tailed ? weight.soft * e.found->of_tail * fade(ref, outside.ref, t) : 0.0,
                      weight.hard * hard.of_softmax() * fade(ref, sums.ref_s, 1.0) / sums.z_h,
                      weight.hard * hard.constant(), ref};
     };
@@ -363,8 +229,8 @@ class TopKCall : RowCall<Real> {
     team.each(1, [&](int64_t) {
       if (label >= 0)
         put(target + label * size, to, weight.hard * hard.at_label() + factors(label / block_cols).of_q * w.es[label]);
-      for (int64_t i = 0; i < e.soft->n; ++i) {
-        double value = at_id(i, weight.soft, e);
+      for (int64_t i = 0; i < e.found->n; ++i) {
+        double value = weight.soft * e.slope(i);
         if (label >= 0) {
           const double q = std::exp(e.logits[i] - sums.ref_s) / sums.z_h;
           value += weight.hard * (e.ids[i] == label ? hard.at_label() : hard.of_softmax() * q + hard.constant());
