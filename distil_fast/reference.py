@@ -312,6 +312,11 @@ def _working(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _cut(logits: Tensor, vocab_size: int | None) -> Tensor:
+    """The columns that take part."""
+    return logits if vocab_size is None else logits[..., :vocab_size]
+
+
 def _transformed(logits: Tensor, scale: float, cap: float) -> Tensor:
     """cap tanh(scale logits / cap), or scale logits where cap is 0; -inf, a masked column, stays."""
     if cap:
@@ -398,7 +403,7 @@ def distillation_loss(
 
     teacher_form says what `teacher_logits` holds: "logits", "log_probs" or "probs".
     """
-    student = _transformed(_working(student_logits)[..., :vocab_size], student_logit_scale, student_softcap or 0.0)
+    student = _transformed(_cut(_working(student_logits), vocab_size), student_logit_scale, student_softcap or 0.0)
     leading = student.shape[:-1]
     zero = student.new_zeros(leading)
     hard_weight = (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight
@@ -413,7 +418,7 @@ def distillation_loss(
         soft_share = _share(rows, soft_count, reduction) * (soft_weight != 0)
         used = soft_share != 0
         temperature = torch.where(used, temperature, 1.0)
-        teacher = _used_rows_only(_working(teacher_logits).to(student.dtype)[..., :vocab_size], used)
+        teacher = _used_rows_only(_cut(_working(teacher_logits).to(student.dtype), vocab_size), used)
         teacher = _transformed(teacher, teacher_logit_scale, teacher_softcap or 0.0)
         soft = _divergence_rows(
             _used_rows_only(student, used),
@@ -448,9 +453,15 @@ def divergence_loss(
     mask: Tensor | None = None,
     count: Number | None = None,
     t_squared: bool = False,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    teacher_form: str = "logits",
     reduction: str = "mean",
 ) -> Tensor:
-    """`distil_fast.divergence_loss` in plain torch."""
+    """`distil_fast.divergence_loss` in plain torch; `teacher_form` as in `distillation_loss`."""
     return distillation_loss(
         student_logits,
         teacher_logits,
@@ -459,6 +470,12 @@ def divergence_loss(
         soft_count=count,
         divergence=divergence,
         t_squared=t_squared,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        vocab_size=vocab_size,
+        teacher_form=teacher_form,
         reduction=reduction,
     ).loss
 
@@ -470,6 +487,11 @@ def cross_entropy(
     count: Number | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """`distil_fast.cross_entropy` in plain torch."""
@@ -480,6 +502,11 @@ def cross_entropy(
         hard_count=count,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
+        student_logit_scale=logit_scale,
+        student_softcap=softcap,
+        vocab_size=vocab_size,
         reduction=reduction,
     ).loss
 
