@@ -403,8 +403,9 @@ class LinearDistillationLoss(_LabelLoss):
     ) -> LossTerms:
         given: dict[str, Any] = {"soft_mask": soft_mask, "soft_count": soft_count, "hard_count": hard_count}
         given |= {"student_bias": student_bias, "teacher_bias": teacher_bias, "class_weights": self.class_weights}
-        student, teacher = (student_hidden, student_weight), (teacher_hidden, teacher_weight)
-        return linear.linear_distillation_loss(*student, *teacher, labels, **given, **self.settings)
+        return linear.linear_distillation_loss(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **given, **self.settings
+        )
 
 
 class LinearDivergenceLoss(_Loss):

@@ -6,6 +6,7 @@ rounded to. It knows nothing of single kernels. Next: test_products.py; oracle.p
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -385,6 +386,44 @@ def test_any_form_of_teacher_is_the_same_teacher(form: str) -> None:
     assert off(loss.loss, expected.loss.detach().cpu()) < 3e-6
     for mine, theirs in zip(torch.autograd.grad(loss.loss, heads.leaves()), grads, strict=True):
         assert off(mine, theirs.cpu()) < 1e-5
+
+
+FACES = {
+    distil_fast.LinearDistillationLoss: distil_fast.linear_distillation_loss,
+    distil_fast.LinearDivergenceLoss: distil_fast.linear_divergence_loss,
+    distil_fast.LinearCrossEntropyLoss: distil_fast.linear_cross_entropy,
+}
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_modules_take_every_setting_and_default_of_their_functions(face: type[torch.nn.Module]) -> None:
+    function = inspect.signature(FACES[face]).parameters
+    taken = {**inspect.signature(face).parameters, **inspect.signature(face.forward).parameters}
+    del taken["self"]
+    assert taken.keys() == function.keys()
+    assert all(taken[name].default == function[name].default for name in function)
+
+
+def test_modules_are_their_functions() -> None:
+    heads = make(torch.float32)
+    settings: dict[str, Any] = {"temperature": 3.0, "divergence": "jsd", "student_softcap": 5.0, "precision": "fast"}
+    biases = {"student_bias": heads.student_bias, "teacher_bias": heads.teacher_bias}
+    both = heads.student_hidden, heads.student_weight, heads.teacher_hidden, heads.teacher_weight
+    whole = distil_fast.LinearDistillationLoss(**settings, hard_weight=0.5, z_loss=0.01)
+    expected = heads.loss(**settings, hard_weight=0.5, z_loss=0.01)
+    assert torch.equal(whole(*both, heads.labels, soft_mask=heads.mask, **biases).loss, expected.loss)
+    soft = distil_fast.LinearDivergenceLoss(**settings)(*both, mask=heads.mask, count=7.0, **biases)
+    assert torch.equal(
+        soft, distil_fast.linear_divergence_loss(*both, mask=heads.mask, count=7.0, **biases, **settings)
+    )
+    weights = torch.linspace(0.0, 2.0, V)
+    hard = distil_fast.LinearCrossEntropyLoss(class_weights=there(weights), softcap=4.0)
+    assert "class_weights" in hard.state_dict()
+    value = hard(*both[:2], heads.labels, bias=heads.student_bias)
+    exact = heads.exact()
+    logits = reference.head_logits(*exact.leaves())
+    truth = reference.cross_entropy(4.0 * torch.tanh(logits / 4.0), exact.labels, class_weights=weights)
+    assert off(value, truth) < 2e-6
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -50,7 +50,7 @@ def batch() -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
 
 
 def check(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    """Averaged over ranks, the gradients are those of the whole batch; counts: the global ones over the world's size."""
+    """Averaged over ranks, the gradients are the whole batch's; counts: the global ones over the world's size."""
     x, (hidden, head), labels = batch()
     mine = slice(dist.get_rank(), None, WORLD)
     model(x[mine], (hidden[mine], head), labels[mine], ROWS / WORLD).backward()
