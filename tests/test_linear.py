@@ -120,6 +120,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all rows": {"soft_mask": None},
     "no labels": {"labels": None},
     "soft off": {"soft_weight": 0.0},
+    "class weights": {"class_weights": torch.linspace(0.0, 2.0, V)},
+    "z-loss": {"z_loss": 0.02},
+    "softcap": {"student_softcap": 4.0, "teacher_softcap": 6.0, "student_logit_scale": 0.5},
+    "alpha-beta": {"divergence": distil_fast.AlphaBeta(0.3, 0.6)},
     "narrow": {"vocab_size": 401, "labels": "cut"},
 }
 
@@ -386,6 +390,21 @@ def test_any_form_of_teacher_is_the_same_teacher(form: str) -> None:
     assert off(loss.loss, expected.loss.detach().cpu()) < 3e-6
     for mine, theirs in zip(torch.autograd.grad(loss.loss, heads.leaves()), grads, strict=True):
         assert off(mine, theirs.cpu()) < 1e-5
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
+def test_a_top_k_teacher_beside_the_students_head(tail: str) -> None:
+    heads = make(torch.float32)
+    logits = reference.head_logits(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
+    teacher = distil_fast.TopK.from_logits(logits, 6, 2.0, tail)
+    how = {"soft_mask": heads.mask, "student_bias": heads.student_bias, "chunk_bytes": 8 * V * 5}
+    loss = distil_fast.linear_distillation_loss(*heads[:2], teacher, None, heads.labels, **how).loss
+    whole = reference.head_logits(*heads.leaves())
+    expected = distil_fast.distillation_loss(whole, teacher, heads.labels, soft_mask=heads.mask).loss
+    assert off(loss, expected.detach().cpu()) < 1e-6
+    grads = torch.autograd.grad(loss, heads.leaves())
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, heads.leaves()), strict=True):
+        assert off(mine, theirs.cpu()) < 3e-6
 
 
 FACES = {
