@@ -340,7 +340,7 @@ def test_z_loss_is_its_formula(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1.0, -1e-30, math.nan, INF])
-def test_a_class_weight_that_is_none_is_an_error(bad: float) -> None:
+def test_a_class_weight_that_is_no_weight_is_an_error(bad: float) -> None:
     weights = torch.ones(11)
     weights[[4, 7]] = bad
     arguments: Settings = {"class_weights": weights, "backend": None}
