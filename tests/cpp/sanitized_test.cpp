@@ -92,6 +92,25 @@ struct Shape {
   int64_t rows() const { return outer * inner; }
 };
 
+// The same call with a teacher of a few columns, the last ones first, some of them padding.
+template <class Real>
+void top_k(const RowLoss& given, int variant) {
+  const int64_t rows = given.outer * given.inner, k = given.cols < 5 ? given.cols : 5;
+  auto ids = std::unique_ptr<int64_t[]>(new int64_t[rows * k]);
+  auto log_probs = numbers<Real>(rows * k, std::log(0.15));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < k; ++j) ids[i * k + j] = j && (i + j) % 3 == 0 ? -1 : given.cols - 1 - j;
+  TopKLoss call;
+  call.row = given, call.row.teacher = {};
+  call.k = k, call.ids = ids.get(), call.log_probs = log_probs.get();
+  call.tail = static_cast<Tail>(variant % 3);
+  if (variant % 2) call.row.student_transform = {0.7, variant % 4 == 1 ? 5.0 : 0.0};
+  expect(topk_loss_cpu(call).kind == FaultKind::nothing, "topk_loss: a fault without a reason");
+  if (!rows) return;
+  ids[0] = given.cols;
+  expect(topk_loss_cpu(call).kind == FaultKind::topk_id, "topk_loss: an id out of range went unnoticed");
+}
+
 template <class Real>
 void row_losses(const Shape& s, DType student_dtype, DType teacher_dtype, int variant) {
   Rows student(s.rows(), s.cols, s.gap, student_dtype), teacher(s.rows(), s.cols, 2 * s.gap, teacher_dtype);
@@ -130,6 +149,8 @@ void row_losses(const Shape& s, DType student_dtype, DType teacher_dtype, int va
            "row_loss: a loss that is no number");
   if (variant % 4 == 1) grad.check("row_loss, gradient");
   if (variant % 4 == 2) student.check("row_loss, gradient in place");
+  if (call.teacher.data) top_k<Real>(call, variant);
+  if (call.grad.data && call.teacher.data) (call.grad.data == call.student.data ? student : grad).check("topk_loss");
   if (s.rows() && call.labels) {
     labels[s.rows() - 1] = s.cols;
     expect(row_loss_cpu(call).kind == FaultKind::label, "row_loss: a label out of range went unnoticed");
