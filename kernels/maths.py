@@ -15,6 +15,11 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def expm1_tail(x):
     """expm1(x) - x for |x| <= 1/2; its error relative to expm1(x) is 1.2e-7."""
     x2 = x * x
@@ -30,9 +35,9 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for -1 < x, finite: 1 + x = 2^e (1 + z) with |z| < 0.42, a polynomial in z, and what 1 + x lost."""
-    y = tl.maximum(1.0 + x, 1e-30)
+def log_and(y, lost):
+    """log(y) + lost for normal y > 0: y = 2^e (1 + z) with |z| < 0.42, and a polynomial in z. What a rounded y lost is
+    added where it keeps its digits."""
     bits = y.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
     z = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -44,8 +49,14 @@ def log1p(x):
     poly = poly * z - 0.25000823
     poly = poly * z + 0.3333333
     tail = poly * z * (z * z) - 0.5 * z * z
-    lost = (x - (y - 1.0)) / y
     return e.to(tl.float32) * LN2 + (z + (tail + lost))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for -1 < x, finite."""
+    y = tl.maximum(1.0 + x, 1e-30)
+    return log_and(y, (x - (y - 1.0)) / y)
 
 
 @triton.jit

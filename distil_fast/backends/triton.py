@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distil_fast import backends
 from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
-from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, geometry
-from distil_fast.backends.settings import RowSettings
+from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, geometry, raise_fault
+from distil_fast.backends.settings import LOG_PROBS, LOGITS, RowSettings
 
 WAVE = 64 if torch.version.hip else 32  # threads that run in step; AMD's data-centre GPUs have 64
 
@@ -40,7 +41,7 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """The kernels and their launch shapes: not imported before they are needed, because Triton is not, either."""
-    names = "divergences", "hidden", "launch", "prologue", "reduction", "rescale", "rows", "softmax"
+    names = "divergences", "hidden", "launch", "prologue", "reduction", "rescale", "rows", "softmax", "transforms"
     modules = [vars(importlib.import_module(f"distil_fast.kernels.{name}")) for name in names]
     return SimpleNamespace(**{name: value for module in modules for name, value in module.items()})
 
@@ -155,6 +156,7 @@ def _weigh(
     counts: tuple[Scalar, Scalar],
     *,
     like: Tensor,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     soft: bool = True,
     mean: bool,
@@ -170,7 +172,7 @@ def _weigh(
         torch.empty(3, dtype=torch.float64, device=like.device),
     )
     above = None if upstream is None else upstream.expand(like.shape[:-1])
-    vectors = labels, _vector(mask), temperature, _vector(above)
+    vectors = labels, _vector(mask), _vector(class_weights), temperature, _vector(above)
     numbers = (*map(_scalar, (*weights, *counts)), ignore_index, rows, shape[2])
     constants = {"SOFT": soft, "PER_ROW": per_row, "MEAN": mean, "T_SQUARED": t_squared}
     _once(_kernels().prologue_kernel, like, *vectors, *numbers, *made, **constants)
@@ -235,6 +237,7 @@ def row_loss(
         weights,
         (soft_count, hard_count),
         like=student,
+        class_weights=None if labels is None else class_weights,
         ignore_index=settings.ignore_index,
         soft=teacher is not None,
         mean=settings.reduction == "mean",
@@ -245,31 +248,68 @@ def row_loss(
     each, rows = settings.reduction == "none", shape[0] * shape[1]
     loss, soft, hard = (_empty(student, student.shape[:-1] if each else ()) for _ in range(3))
     soft_rows, hard_rows = (soft, hard) if each else _empty(student, (2, rows)).unbind()
+    faults = None
+    if teacher is not None and settings.teacher_form != LOGITS:
+        faults = torch.empty(2, rows, dtype=torch.float64, device=student.device)
+    forms, factors = zip(*_transforms(settings), strict=True)
     vectors = labels, weighing.weights, rows, weighing.unit
-    numbers = (*map(_scalar, weights), float(settings.label_smoothing), float(settings.parameters[0]))
-    values = loss if each else None, soft_rows, hard_rows
-    constants = _row_constants(shape, (s, t, g), settings.divergence, labels is not None)
-    _each_row(_kernels().row_kernel, student, shape, *s, *t, *g, *shape[1:], *vectors, *numbers, *values, **constants)
+    numbers = (*map(_scalar, weights), *map(float, (settings.label_smoothing, settings.z_loss, *settings.parameters)))
+    values = loss if each else None, soft_rows, hard_rows, faults
+    constants = _row_constants(shape, (s, t, g), settings.divergence, labels is not None, forms)
+    pointers = (*s, *t, *g, *shape[1:], *factors[0], *factors[1], *vectors)
+    _each_row(_kernels().row_kernel, student, shape, *pointers, *numbers, *values, **constants)
+    if faults is not None:
+        _raise_of_rows(faults)
     if not each:
         _reduce(soft_rows, hard_rows, weights, loss, soft, hard)
     return loss, soft, hard, grad, 1.0 if weighing.unit is None else weighing.unit
 
 
-def _row_constants(shape: Shape, tensors: tuple[_Rows, _Rows, _Rows], divergence: str, hard: bool) -> dict[str, Any]:
+def _transforms(settings: RowSettings) -> list[tuple[int, tuple[float, float]]]:
+    """The student's and the teacher's form of kernels/transforms.py, with its two numbers."""
+    kernels = _kernels()
+
+    def of(scale: float, cap: float) -> tuple[int, tuple[float, float]]:
+        if cap:
+            return kernels.CAPPED.value, (scale / cap, float(cap))
+        return (kernels.PLAIN if scale == 1.0 else kernels.SCALED).value, (float(scale), 0.0)
+
+    student, teacher = of(*settings.transforms[:2]), of(*settings.transforms[2:])
+    if settings.teacher_form != LOGITS:  # at the temperature already: the kernel multiplies with it
+        form = kernels.SCALED if settings.teacher_form == LOG_PROBS else kernels.LOGARITHM
+        teacher = form.value, (0.0, 0.0)
+    return [student, teacher]
+
+
+def _raise_of_rows(faults: Tensor) -> None:
+    """In the checking mode: wait for what the rows' own kernel has found."""
+    if backends.checking():
+        kinds, values = faults.tolist()
+        row = next((row for row, kind in enumerate(kinds) if kind), None)
+        if row is not None:
+            raise_fault((kinds[row], row, values[row]), cols=0)
+
+
+def _row_constants(
+    shape: Shape, tensors: tuple[_Rows, _Rows, _Rows], divergence: str, hard: bool, forms: tuple[int, int]
+) -> dict[str, Any]:
     """What the row kernel is compiled for."""
     kernels = _kernels()
     s, t, g = tensors
     frame, group = s if g.head is None else g, _group(s.head, t.head)
+    made = [form != kernels.PLAIN.value for form in forms]
     return {
         "DIVERGENCE": kernels.DIVERGENCES[divergence],
         "CENTRED": divergence in kernels.CENTRED,
-        "EXACT": all(x.head is None or x.head.itemsize == 2 for x in (s, t)),
+        "EXACT": not any(made) and all(x.head is None or x.head.itemsize == 2 for x in (s, t)),
+        "FORM_S": forms[0],
+        "FORM_T": forms[1],
         "SOFT": t.head is not None,
         "HARD": hard,
         "VEC": group,
         "ALIGNED_S": _aligned(s, frame, shape, group),
         "ALIGNED_T": _aligned(t, frame, shape, group),
-        **kernels.register_bound(WAVE),
+        **kernels.register_bound(WAVE, divergence in kernels.HEAVY or any(made)),
     }
 
 

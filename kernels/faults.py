@@ -1,0 +1,32 @@
+"""Faults of values that only the device sees: their kinds, and where a kernel that reads the teacher records them.
+
+The prologue records the first fault of its vectors (prologue.py); what is wrong with a teacher's row is known when that
+is read, and recorded beside all others: [2, rows], kinds and values. Next: prologue.py, rows.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# FaultKind of csrc/core.h
+NOTHING = tl.constexpr(0)
+LABEL = tl.constexpr(1)
+MASK = tl.constexpr(2)
+TEMPERATURE = tl.constexpr(3)
+CLASS_WEIGHT = tl.constexpr(4)
+TEACHER_MASS = tl.constexpr(5)
+
+
+@triton.jit
+def record_row(faults, row, rows, kind, value):
+    tl.store(faults + row, tl.to_tensor(kind).to(tl.float64))
+    tl.store(faults + rows + row, value.to(tl.float64))
+
+
+@triton.jit
+def above_one(mass, teacher):
+    """Whether the sum of a row's probabilities is above 1 by more than rounding, or nothing: a negative one, or a nan,
+    makes it nan. `teacher` is the pointer that they came from."""
+    limit = 1.01 if teacher.dtype.element_ty.primitive_bitwidth == 16 else 1.001
+    return ~(mass <= limit)
