@@ -277,7 +277,7 @@ class TopKCall : RowLossCall<Real> {
       const double log_p = soft.p_sum < 0.5 ? std::log1p(-soft.p_sum) : std::log(p_tail);
       outcome(soft.n, p_tail, q_tail, std::log(outside.z) + apart - std::log(z) - log_p, e);
       const Sums over = diverge(soft.n + 1, e);
-      value = over.f;
+      value = over.f - topk_.shift * (missing - p_tail);  // 0 unless `missing` is below 0 or negligible
       soft.of_q = over.g;
       of_tail = e.g[soft.n] - q_tail * over.g;
     } else {
