@@ -16,6 +16,8 @@ MASK = tl.constexpr(2)
 TEMPERATURE = tl.constexpr(3)
 CLASS_WEIGHT = tl.constexpr(4)
 TEACHER_MASS = tl.constexpr(5)
+TOPK_ID = tl.constexpr(6)
+TOPK_LOG_PROB = tl.constexpr(7)
 
 
 @triton.jit
@@ -25,8 +27,12 @@ def record_row(faults, row, rows, kind, value):
 
 
 @triton.jit
+def rounding_of(teacher):
+    """What rounding may add to probabilities, to their logarithms, and to their sum, of a tensor of this dtype."""
+    return 1e-2 if teacher.dtype.element_ty.primitive_bitwidth == 16 else 1e-3
+
+
+@triton.jit
 def above_one(mass, teacher):
-    """Whether the sum of a row's probabilities is above 1 by more than rounding, or nothing: a negative one, or a nan,
-    makes it nan. `teacher` is the pointer that they came from."""
-    limit = 1.01 if teacher.dtype.element_ty.primitive_bitwidth == 16 else 1.001
-    return ~(mass <= limit)
+    """Whether the sum of a row's probabilities is above 1 by more than rounding, or nan, as a negative one makes it."""
+    return ~(mass <= 1.0 + rounding_of(teacher))

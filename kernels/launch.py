@@ -49,6 +49,24 @@ def _options(shape: Shape, wave: int) -> dict[str, int]:
     return {"BLOCK": shape.block, "num_warps": shape.warps * 32 // wave}
 
 
+def options_for_entries(k: int, wave: int) -> dict[str, int]:
+    """What the kernel of a top-k teacher's entries is launched with: a thread compares two with CHUNK others."""
+    padded = _padded(k)
+    return {"K": padded, "CHUNK": 16, "num_warps": max(1, padded // 2 // wave)}
+
+
+def options_for_topk(cols: int, k: int, wave: int) -> dict[str, int]:
+    """The same for its rows, where a thread has at most four entries."""
+    shape = next(shape for limit, shape in SHAPES.items() if cols <= limit)
+    warps = max(shape.warps, _padded(k) // 4 // 32)
+    return {"K": _padded(k)} | _options(Shape(256 * warps, warps), wave)
+
+
+def _padded(k: int) -> int:
+    """A power of two, that nothing be compiled again for most other k."""
+    return max(16, 1 << (k - 1).bit_length())
+
+
 def register_bound(wave: int, more: bool) -> dict[str, int]:
     """`more`: for a variant of the row kernel that 80 would not do for."""
     return {"maxnreg": MORE_ROW_REGISTERS if more else ROW_REGISTERS} if wave == 32 else {}

@@ -19,7 +19,7 @@ from torch import Tensor
 from distil_fast import backends
 from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
 from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, geometry, raise_fault
-from distil_fast.backends.settings import LOG_PROBS, LOGITS, RowSettings
+from distil_fast.backends.settings import LOG_PROBS, LOGITS, TAILS, RowSettings
 
 WAVE = 64 if torch.version.hip else 32  # threads that run in step; AMD's data-centre GPUs have 64
 
@@ -41,8 +41,8 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """The kernels and their launch shapes: not imported before they are needed, because Triton is not, either."""
-    names = "divergences", "hidden", "launch", "prologue", "reduction", "rescale", "rows", "softmax", "transforms"
-    modules = [vars(importlib.import_module(f"distil_fast.kernels.{name}")) for name in names]
+    names = "divergences entries hidden launch prologue reduction rescale rows softmax topk transforms"
+    modules = [vars(importlib.import_module(f"distil_fast.kernels.{name}")) for name in names.split()]
     return SimpleNamespace(**{name: value for module in modules for name, value in module.items()})
 
 
@@ -99,9 +99,14 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _each_row(kernel: Any, like: Tensor, shape: Shape, *args: Any, **constants: Any) -> None:
     """One program for each row, on the tensor's device and its current stream."""
-    if rows := shape[0] * shape[1]:
+    _by_rows(kernel, like, shape[0] * shape[1], *args, **constants, **_kernels().options_for_rows(shape[2], WAVE))
+
+
+def _by_rows(kernel: Any, like: Tensor, rows: int, *args: Any, **constants: Any) -> None:
+    """The same, with launch options among the constants."""
+    if rows:
         with on_device_of(like):
-            kernel[(rows,)](*args, **constants, **_kernels().options_for_rows(shape[2], WAVE))
+            kernel[(rows,)](*args, **constants)
 
 
 def _once(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
@@ -198,6 +203,70 @@ def _reduce(
 # ------------------------------------------------------------------------------------------------ the ops
 
 
+class _Call(NamedTuple):
+    """A loss over rows of logits between its prologue and its reduction."""
+
+    shape: Shape
+    rows: tuple[_Rows, _Rows, _Rows]  # student, teacher, gradient
+    labels: Tensor | None
+    weights: tuple[Scalar, Scalar]
+    weighing: _Weighing
+    grad: Tensor | None
+    totals: tuple[Tensor, Tensor, Tensor]  # loss, soft, hard
+    parts: tuple[Tensor | None, Tensor, Tensor]  # of each row; of the loss where nothing is reduced
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Scalar]:
+        """What a loss returns, after its rows' kernel."""
+        if self.parts[0] is None:
+            _reduce(*self.parts[1:], self.weights, *self.totals)
+        return *self.totals, self.grad, 1.0 if self.weighing.unit is None else self.weighing.unit
+
+
+def _begin(
+    student: Tensor,
+    teacher: Tensor | None,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scalars: tuple[Scalar, Scalar, Scalar, Scalar, Scalar],
+    settings: RowSettings,
+    gradient: str,
+    upstream: Tensor | None,
+    *,
+    has_soft: bool,
+) -> _Call:
+    """Outputs and row weights. vectors: labels, soft mask, class weights; scalars: temperature, weights, counts."""
+    labels, soft_mask, class_weights = vectors
+    temperature, soft_weight, hard_weight, *counts = scalars
+    labels = None if _off(hard_weight) else _vector(labels)
+    if gradient == "inplace":
+        check_inplace(student, teacher)
+    grad = None if gradient == "no" else student if gradient == "inplace" else _like(student)
+    part = cut(settings.vocab_size, student, teacher)
+    shape, (s, t, g) = _arrange(*part, cut_gradient(settings.vocab_size, grad))
+    weights = soft_weight, hard_weight
+    weighing = _weigh(
+        shape,
+        labels,
+        soft_mask,
+        temperature,
+        upstream,
+        weights,
+        (counts[0], counts[1]),
+        like=student,
+        class_weights=None if labels is None else class_weights,
+        ignore_index=settings.ignore_index,
+        soft=has_soft,
+        mean=settings.reduction == "mean",
+        t_squared=settings.t_squared,
+        in_units=grad is not None and student.dtype == torch.float16 and upstream is None,
+    )
+    raise_if_checking(weighing.fault, shape[2], "soft_mask")
+    each = settings.reduction == "none"
+    loss, soft, hard = (_empty(student, student.shape[:-1] if each else ()) for _ in range(3))
+    rows = shape[0] * shape[1]
+    parts = (loss, soft, hard) if each else (None, _empty(student, (rows,)), _empty(student, (rows,)))
+    return _Call(shape, (s, t, g), labels, weights, weighing, grad, (loss, soft, hard), parts)
+
+
 def row_loss(
     student: Tensor,
     teacher: Tensor | None,
@@ -220,49 +289,91 @@ def row_loss(
     were; `upstream` multiplies each row's.
     """
     teacher = None if _off(soft_weight) else teacher
-    labels = None if _off(hard_weight) else _vector(labels)
     student = student.detach()
-    if gradient == "inplace":
-        check_inplace(student, teacher)
-    grad = None if gradient == "no" else student if gradient == "inplace" else _like(student)
-    part = cut(settings.vocab_size, student, teacher)
-    shape, (s, t, g) = _arrange(*part, cut_gradient(settings.vocab_size, grad))
-    weights = soft_weight, hard_weight
-    weighing = _weigh(
-        shape,
-        labels,
-        soft_mask,
-        temperature,
-        upstream,
-        weights,
-        (soft_count, hard_count),
-        like=student,
-        class_weights=None if labels is None else class_weights,
-        ignore_index=settings.ignore_index,
-        soft=teacher is not None,
-        mean=settings.reduction == "mean",
-        t_squared=settings.t_squared,
-        in_units=grad is not None and student.dtype == torch.float16 and upstream is None,
-    )
-    raise_if_checking(weighing.fault, shape[2], "soft_mask")
-    each, rows = settings.reduction == "none", shape[0] * shape[1]
-    loss, soft, hard = (_empty(student, student.shape[:-1] if each else ()) for _ in range(3))
-    soft_rows, hard_rows = (soft, hard) if each else _empty(student, (2, rows)).unbind()
-    faults = None
+    vectors = labels, soft_mask, class_weights
+    scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
+    call = _begin(student, teacher, vectors, scalars, settings, gradient, upstream, has_soft=teacher is not None)
+    rows, faults = call.shape[0] * call.shape[1], None
     if teacher is not None and settings.teacher_form != LOGITS:
-        faults = torch.empty(2, rows, dtype=torch.float64, device=student.device)
+        faults = _verdicts(student, rows)
     forms, factors = zip(*_transforms(settings), strict=True)
-    vectors = labels, weighing.weights, rows, weighing.unit
-    numbers = (*map(_scalar, weights), *map(float, (settings.label_smoothing, settings.z_loss, *settings.parameters)))
-    values = loss if each else None, soft_rows, hard_rows, faults
-    constants = _row_constants(shape, (s, t, g), settings.divergence, labels is not None, forms)
-    pointers = (*s, *t, *g, *shape[1:], *factors[0], *factors[1], *vectors)
-    _each_row(_kernels().row_kernel, student, shape, *pointers, *numbers, *values, **constants)
+    s, t, g = call.rows
+    pointers = (*s, *t, *g, *call.shape[1:], *factors[0], *factors[1])
+    constants = _row_constants(call, settings.divergence, forms)
+    numbers = _numbers(call, rows, settings)
+    _each_row(_kernels().row_kernel, student, call.shape, *pointers, *numbers, *call.parts, faults, **constants)
     if faults is not None:
-        _raise_of_rows(faults)
-    if not each:
-        _reduce(soft_rows, hard_rows, weights, loss, soft, hard)
-    return loss, soft, hard, grad, 1.0 if weighing.unit is None else weighing.unit
+        _raise_of_rows(faults, call.shape[2])
+    return call.finish()
+
+
+def _numbers(call: _Call, rows: int, settings: RowSettings) -> tuple[Any, ...]:
+    """What both kernels take behind their tensors."""
+    numbers = settings.label_smoothing, settings.z_loss, *settings.parameters
+    weighing = call.weighing.weights, rows, call.weighing.unit
+    return call.labels, *weighing, *map(_scalar, call.weights), *map(float, numbers)
+
+
+def topk_loss(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    class_weights: Tensor | None,
+    temperature: Scalar,
+    soft_weight: Scalar,
+    hard_weight: Scalar,
+    soft_count: Scalar,
+    hard_count: Scalar,
+    settings: RowSettings,
+    shift: float,
+    tail: str,
+    *,
+    gradient: str = "no",
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Scalar]:
+    """`row_loss` with a teacher of k columns a row; shift: the divergence's.
+
+    Raises:
+        ValueError: k is above what the kernels compare in registers.
+    """
+    kernels, k = _kernels(), ids.shape[-1]
+    if k > kernels.MOST:
+        raise ValueError(
+            f"TopK.ids: expected at most {kernels.MOST} entries a row, got {k}. "
+            "Keep fewer, or pass the whole distribution as LogProbs."
+        )
+    vectors = labels, soft_mask, class_weights
+    scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
+    if _off(soft_weight):
+        return row_loss(student, None, *vectors, *scalars, settings, gradient=gradient, upstream=upstream)
+    student = student.detach()
+    call = _begin(student, None, vectors, scalars, settings, gradient, upstream, has_soft=True)
+    shape, rows = call.shape, call.shape[0] * call.shape[1]
+    ids, log_probs, faults = ids.contiguous(), log_probs.contiguous(), _verdicts(student, rows)
+    options = kernels.options_for_entries(k, WAVE)
+    ordered = torch.empty(rows, options["K"] + 1, dtype=torch.int32, device=student.device)
+    entries = ids, log_probs, call.weighing.weights, rows, shape[2], k, ordered, faults
+    _by_rows(kernels.entries_kernel, student, rows, *entries, **options)
+    _raise_of_rows(faults, shape[2])
+    (form, factors), (s, _, g) = _transforms(settings)[0], call.rows
+    group = _group(s.head)
+    constants = {
+        "DIVERGENCE": kernels.DIVERGENCES[settings.divergence],
+        "CENTRED": settings.divergence in kernels.CENTRED,
+        "TAIL": TAILS.index(tail),
+        "HARD": call.labels is not None,
+        "FORM": form,
+        "VEC": group,
+        "ALIGNED": _aligned(s, s if g.head is None else g, shape, group),
+        **kernels.options_for_topk(shape[2], k, WAVE),
+        **kernels.register_bound(WAVE, True),
+    }
+    pointers = (*s, *g, *shape[1:], *factors, ids, log_probs, k, ordered, faults)
+    numbers = *_numbers(call, rows, settings), float(shift)
+    _by_rows(kernels.topk_kernel, student, rows, *pointers, *numbers, *call.parts, **constants)
+    return call.finish()
 
 
 def _transforms(settings: RowSettings) -> list[tuple[int, tuple[float, float]]]:
@@ -281,21 +392,24 @@ def _transforms(settings: RowSettings) -> list[tuple[int, tuple[float, float]]]:
     return [student, teacher]
 
 
-def _raise_of_rows(faults: Tensor) -> None:
-    """In the checking mode: wait for what the rows' own kernel has found."""
+def _verdicts(like: Tensor, rows: int) -> Tensor:
+    """Room for the faults of a teacher's rows: kernels/faults.py."""
+    return torch.empty(2, rows, dtype=torch.float64, device=like.device)
+
+
+def _raise_of_rows(faults: Tensor, cols: int) -> None:
+    """In the checking mode: wait for what a kernel has found in the teacher's rows."""
     if backends.checking():
         kinds, values = faults.tolist()
         row = next((row for row, kind in enumerate(kinds) if kind), None)
         if row is not None:
-            raise_fault((kinds[row], row, values[row]), cols=0)
+            raise_fault((kinds[row], row, values[row]), cols=cols)
 
 
-def _row_constants(
-    shape: Shape, tensors: tuple[_Rows, _Rows, _Rows], divergence: str, hard: bool, forms: tuple[int, int]
-) -> dict[str, Any]:
+def _row_constants(call: _Call, divergence: str, forms: tuple[int, int]) -> dict[str, Any]:
     """What the row kernel is compiled for."""
     kernels = _kernels()
-    s, t, g = tensors
+    s, t, g = call.rows
     frame, group = s if g.head is None else g, _group(s.head, t.head)
     made = [form != kernels.PLAIN.value for form in forms]
     return {
@@ -305,10 +419,10 @@ def _row_constants(
         "FORM_S": forms[0],
         "FORM_T": forms[1],
         "SOFT": t.head is not None,
-        "HARD": hard,
+        "HARD": call.labels is not None,
         "VEC": group,
-        "ALIGNED_S": _aligned(s, frame, shape, group),
-        "ALIGNED_T": _aligned(t, frame, shape, group),
+        "ALIGNED_S": _aligned(s, frame, call.shape, group),
+        "ALIGNED_T": _aligned(t, frame, call.shape, group),
         **kernels.register_bound(WAVE, divergence in kernels.HEAVY or any(made)),
     }
 

@@ -166,6 +166,26 @@ def row_loss(
     return record(lambda: backend.row_loss(*args, **{"gradient": "fresh", **how}), target)
 
 
+def topk_loss(
+    student: torch.dtype,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    k: int = 64,
+    *,
+    cols: int = ODD,
+    terms: tuple[float, float] = (0.5, 0.5),
+    target: str = "sm_90",
+    options: dict[str, Any] | None = None,
+    gradient: str = "fresh",
+) -> list[Launch]:
+    """The launches of one loss with a top-k teacher."""
+    settings = RowSettings(divergence=divergence, parameters=(0.5, 0.5), label_smoothing=0.1, **(options or {}))
+    entries = torch.zeros(4, k, dtype=torch.int64), torch.zeros(4, k)
+    labels = torch.zeros(4, dtype=torch.int64)
+    args = (rows(student, cols), *entries, labels, None, None, 2.0, *terms, -1.0, -1.0, settings, 1.0, tail)
+    return record(lambda: backend.topk_loss(*args, gradient=gradient), target)
+
+
 def softmaxes(dtype: torch.dtype, logarithm: bool, target: str = "sm_90", padding: int = 0) -> list[Launch]:
     x, y = rows(dtype, padding=padding), rows(dtype)
     return record(

@@ -1,0 +1,31 @@
+"""The kernel for top-k teachers against its fp64 definition: divergences x tails x dtypes, ragged rows, and faults.
+
+Run by test_interpreter.py. The cases and their bounds are tests/topk.py's. Next: interpreted_options.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distil_fast import TopK, backends
+from distil_fast.backends import triton as backend
+from distil_fast.backends.settings import TAILS
+from tests import oracle, topk
+from tests.kernels.interpreted_row_loss import case
+from tests.kernels.interpreter import HALVES, Guarded
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize("divergence", oracle.DIVERGENCES)
+def test_matrix_in_turns(divergence: str) -> None:
+    turn = list(oracle.DIVERGENCES).index(divergence)
+    for where, student, teacher, labels, settings, truth in topk.cases(oracle.DIVERGENCES[divergence], HALVES)[
+        turn % 3 :: 3
+    ]:
+        topk.by_backend(student, teacher, labels, backend=backend, **settings).check(truth, where)
