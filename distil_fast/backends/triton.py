@@ -1,29 +1,43 @@
-"""The Triton kernels, from tensors to launches: rows and their alignment, outputs, scalars that stay on the device.
+"""The Triton kernels, from tensors to launches: what each op allocates, compiles for and launches.
 
 Each function computes exactly one op of ops.py, from arguments that functional.py has checked, without waiting for the
-device, except in the checking mode. It knows nothing of autograd, and no formula. Next: kernels/rows.py.
+device, except in the checking mode. It knows nothing of autograd, and no formula. Next: triton_launch.py, for what ops
+share; kernels/rows.py.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import os
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distil_fast import backends
-from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
-from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, geometry, raise_fault
+from distil_fast.backends import triton_launch
+from distil_fast.backends.gpu import DTYPES, check_temperature, raise_if_checking
+from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, raise_fault
 from distil_fast.backends.settings import LOG_PROBS, LOGITS, TAILS, RowSettings
-
-WAVE = 64 if torch.version.hip else 32  # threads that run in step; AMD's data-centre GPUs have 64
-
-Scalar = float | Tensor
+from distil_fast.backends.triton_launch import (
+    Rows,
+    Scalar,
+    Weighing,
+    aligned,
+    all_kernels,
+    arrange,
+    by_rows,
+    each_row,
+    group_for,
+    like_rows,
+    off,
+    reduce,
+    room,
+    scalar,
+    temperature_of,
+    vector,
+    weigh,
+)
 
 
 def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -38,168 +52,6 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "the Triton kernels" + (", in the interpreter: slow, for tests" if device.type == "cpu" else "")
 
 
-@functools.cache
-def _kernels() -> SimpleNamespace:
-    """The kernels and their launch shapes: not imported before they are needed, because Triton is not, either."""
-    names = "divergences entries hidden launch prologue reduction rescale rows softmax topk transforms"
-    modules = [vars(importlib.import_module(f"distil_fast.kernels.{name}")) for name in names.split()]
-    return SimpleNamespace(**{name: value for module in modules for name, value in module.items()})
-
-
-# ------------------------------------------------------------------------------------------------ rows in memory
-
-
-class _Rows(NamedTuple):
-    """A tensor as a kernel takes it: from a pointer on a 16-byte boundary, `start` elements before the first row."""
-
-    head: Tensor | None
-    start: int = 0
-    outer: int = 0
-    row: int = 0
-
-
-def _rows(tensor: Tensor | None, matrix: tuple[int, int, int, int] | None) -> _Rows:
-    if tensor is None or matrix is None:
-        return _Rows(None)
-    address, _, outer, row = matrix
-    start = address % 16 // tensor.element_size()
-    if start == 0 or tensor.storage_offset() < start:  # memory of others may begin anywhere: then loads are narrower
-        return _Rows(tensor, 0, outer, row)
-    return _Rows(tensor.as_strided((1,), (1,), tensor.storage_offset() - start), start, outer, row)
-
-
-def _aligned(rows: _Rows, frame: _Rows, shape: Shape, group: int) -> bool:
-    """Whether every row begins as far from a 16-byte boundary as the frame's: see kernels/tiles.py."""
-    steps = [rows.start - frame.start]
-    if shape[0] > 1:
-        steps.append(rows.outer - frame.outer)
-    if shape[1] > 1:
-        steps.append(rows.row - frame.row)
-    return rows.head is None or all(step % group == 0 for step in steps)
-
-
-def _arrange(*tensors: Tensor | None) -> tuple[Shape, list[_Rows]]:
-    shape, matrices = geometry(*tensors)
-    return shape, [_rows(t, m) for t, m in zip(tensors, matrices, strict=True)]
-
-
-def _group(*tensors: Tensor | None) -> int:
-    return _kernels().group_of(*(t.element_size() for t in tensors if t is not None))
-
-
-def _like(values: Tensor) -> Tensor:
-    """Room for a gradient or another output of the values' shape."""
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Room for losses and weights: float32, on the device."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _each_row(kernel: Any, like: Tensor, shape: Shape, *args: Any, **constants: Any) -> None:
-    """One program for each row, on the tensor's device and its current stream."""
-    _by_rows(kernel, like, shape[0] * shape[1], *args, **constants, **_kernels().options_for_rows(shape[2], WAVE))
-
-
-def _by_rows(kernel: Any, like: Tensor, rows: int, *args: Any, **constants: Any) -> None:
-    """The same, with launch options among the constants."""
-    if rows:
-        with on_device_of(like):
-            kernel[(rows,)](*args, **constants)
-
-
-def _once(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
-    """One program for all rows."""
-    with on_device_of(like):
-        kernel[(1,)](*args, **constants, **_kernels().options_for_vectors(WAVE))
-
-
-# ------------------------------------------------------------------------------------------------ scalars
-
-
-def _scalar(quantity: Scalar) -> Scalar:
-    """A number in float, or a tensor as it is: the kernel reads it."""
-    return quantity if isinstance(quantity, Tensor) else float(quantity)
-
-
-def _off(weight: Scalar) -> bool:
-    """Whether a weight is known to be 0 before any tensor is read."""
-    return not isinstance(weight, Tensor) and weight == 0.0
-
-
-def _temperature(temperature: Scalar) -> tuple[Scalar, bool]:
-    """The temperature, and whether it is one per row."""
-    if isinstance(temperature, Tensor) and temperature.dim():
-        return temperature.contiguous(), True
-    return _scalar(temperature), False
-
-
-def _vector(entries: Tensor | None) -> Tensor | None:
-    """One entry a row, of any dtype: the kernel converts."""
-    return None if entries is None else entries.contiguous()
-
-
-# ------------------------------------------------------------------------------------------------ weights
-
-
-class _Weighing(NamedTuple):
-    """What the prologue makes: five numbers a row, the gradient's unit (None: it is 1), and the fault record."""
-
-    weights: Tensor
-    unit: Tensor | None
-    fault: Tensor
-
-
-def _weigh(
-    shape: Shape,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    temperature: Scalar,
-    upstream: Tensor | None,
-    weights: tuple[Scalar, Scalar],
-    counts: tuple[Scalar, Scalar],
-    *,
-    like: Tensor,
-    class_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    soft: bool = True,
-    mean: bool,
-    t_squared: bool = False,
-    in_units: bool = False,
-) -> _Weighing:
-    """The prologue's launch. soft: whether there is a soft term; in_units: whether the gradient has a unit."""
-    rows = shape[0] * shape[1]
-    temperature, per_row = _temperature(temperature)
-    made = _Weighing(
-        _empty(like, (5, rows)),
-        _empty(like, ()) if in_units else None,
-        torch.empty(3, dtype=torch.float64, device=like.device),
-    )
-    above = None if upstream is None else upstream.expand(like.shape[:-1])
-    vectors = labels, _vector(mask), _vector(class_weights), temperature, _vector(above)
-    numbers = (*map(_scalar, (*weights, *counts)), ignore_index, rows, shape[2])
-    constants = {"SOFT": soft, "PER_ROW": per_row, "MEAN": mean, "T_SQUARED": t_squared}
-    _once(_kernels().prologue_kernel, like, *vectors, *numbers, *made, **constants)
-    return made
-
-
-def _reduce(
-    soft_rows: Tensor,
-    hard_rows: Tensor | None,
-    weights: tuple[Scalar, Scalar],
-    loss: Tensor,
-    soft: Tensor,
-    hard: Tensor | None,
-    sizes: Tensor | None = None,
-    unit: Tensor | None = None,
-) -> None:
-    """The sums of the rows' values, the loss, and the unit for gradients of these sizes."""
-    rows = soft_rows.numel()
-    made = loss, soft, hard, sizes, unit
-    _once(_kernels().reduction_kernel, loss, soft_rows, hard_rows, *map(_scalar, weights), rows, *made)
-
-
 # ------------------------------------------------------------------------------------------------ the ops
 
 
@@ -207,10 +59,10 @@ class _Call(NamedTuple):
     """A loss over rows of logits between its prologue and its reduction."""
 
     shape: Shape
-    rows: tuple[_Rows, _Rows, _Rows]  # student, teacher, gradient
+    rows: tuple[Rows, Rows, Rows]  # student, teacher, gradient
     labels: Tensor | None
     weights: tuple[Scalar, Scalar]
-    weighing: _Weighing
+    weighing: Weighing
     grad: Tensor | None
     totals: tuple[Tensor, Tensor, Tensor]  # loss, soft, hard
     parts: tuple[Tensor | None, Tensor, Tensor]  # of each row; of the loss where nothing is reduced
@@ -218,7 +70,7 @@ class _Call(NamedTuple):
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Scalar]:
         """What a loss returns, after its rows' kernel."""
         if self.parts[0] is None:
-            _reduce(*self.parts[1:], self.weights, *self.totals)
+            reduce(*self.parts[1:], self.weights, *self.totals)
         return *self.totals, self.grad, 1.0 if self.weighing.unit is None else self.weighing.unit
 
 
@@ -236,14 +88,14 @@ def _begin(
     """Outputs and row weights. vectors: labels, soft mask, class weights; scalars: temperature, weights, counts."""
     labels, soft_mask, class_weights = vectors
     temperature, soft_weight, hard_weight, *counts = scalars
-    labels = None if _off(hard_weight) else _vector(labels)
+    labels = None if off(hard_weight) else vector(labels)
     if gradient == "inplace":
         check_inplace(student, teacher)
-    grad = None if gradient == "no" else student if gradient == "inplace" else _like(student)
+    grad = None if gradient == "no" else student if gradient == "inplace" else like_rows(student)
     part = cut(settings.vocab_size, student, teacher)
-    shape, (s, t, g) = _arrange(*part, cut_gradient(settings.vocab_size, grad))
+    shape, (s, t, g) = arrange(*part, cut_gradient(settings.vocab_size, grad))
     weights = soft_weight, hard_weight
-    weighing = _weigh(
+    weighing = weigh(
         shape,
         labels,
         soft_mask,
@@ -261,9 +113,9 @@ def _begin(
     )
     raise_if_checking(weighing.fault, shape[2], "soft_mask")
     each = settings.reduction == "none"
-    loss, soft, hard = (_empty(student, student.shape[:-1] if each else ()) for _ in range(3))
+    loss, soft, hard = (room(student, student.shape[:-1] if each else ()) for _ in range(3))
     rows = shape[0] * shape[1]
-    parts = (loss, soft, hard) if each else (None, _empty(student, (rows,)), _empty(student, (rows,)))
+    parts = (loss, soft, hard) if each else (None, room(student, (rows,)), room(student, (rows,)))
     return _Call(shape, (s, t, g), labels, weights, weighing, grad, (loss, soft, hard), parts)
 
 
@@ -288,7 +140,7 @@ def row_loss(
     A count of -1 is counted on the device. gradient: "no", "fresh", or "inplace", which leaves it where the logits
     were; `upstream` multiplies each row's.
     """
-    teacher = None if _off(soft_weight) else teacher
+    teacher = None if off(soft_weight) else teacher
     student = student.detach()
     vectors = labels, soft_mask, class_weights
     scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
@@ -301,7 +153,7 @@ def row_loss(
     pointers = (*s, *t, *g, *call.shape[1:], *factors[0], *factors[1])
     constants = _row_constants(call, settings.divergence, forms)
     numbers = _numbers(call, rows, settings)
-    _each_row(_kernels().row_kernel, student, call.shape, *pointers, *numbers, *call.parts, faults, **constants)
+    each_row(all_kernels().row_kernel, student, call.shape, *pointers, *numbers, *call.parts, faults, **constants)
     if faults is not None:
         _raise_of_rows(faults, call.shape[2])
     return call.finish()
@@ -311,7 +163,7 @@ def _numbers(call: _Call, rows: int, settings: RowSettings) -> tuple[Any, ...]:
     """What both kernels take behind their tensors."""
     numbers = settings.label_smoothing, settings.z_loss, *settings.parameters
     weighing = call.weighing.weights, rows, call.weighing.unit
-    return call.labels, *weighing, *map(_scalar, call.weights), *map(float, numbers)
+    return call.labels, *weighing, *map(scalar, call.weights), *map(float, numbers)
 
 
 def topk_loss(
@@ -338,7 +190,7 @@ def topk_loss(
     Raises:
         ValueError: k is above what the kernels compare in registers.
     """
-    kernels, k = _kernels(), ids.shape[-1]
+    kernels, k = all_kernels(), ids.shape[-1]
     if k > kernels.MOST:
         raise ValueError(
             f"TopK.ids: expected at most {kernels.MOST} entries a row, got {k}. "
@@ -346,19 +198,19 @@ def topk_loss(
         )
     vectors = labels, soft_mask, class_weights
     scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
-    if _off(soft_weight):
+    if off(soft_weight):
         return row_loss(student, None, *vectors, *scalars, settings, gradient=gradient, upstream=upstream)
     student = student.detach()
     call = _begin(student, None, vectors, scalars, settings, gradient, upstream, has_soft=True)
     shape, rows = call.shape, call.shape[0] * call.shape[1]
     ids, log_probs, faults = ids.contiguous(), log_probs.contiguous(), _verdicts(student, rows)
-    options = kernels.options_for_entries(k, WAVE)
+    options = kernels.options_for_entries(k, triton_launch.WAVE)
     ordered = torch.empty(rows, options["K"] + 1, dtype=torch.int32, device=student.device)
     entries = ids, log_probs, call.weighing.weights, rows, shape[2], k, ordered, faults
-    _by_rows(kernels.entries_kernel, student, rows, *entries, **options)
+    by_rows(kernels.entries_kernel, student, rows, *entries, **options)
     _raise_of_rows(faults, shape[2])
     (form, factors), (s, _, g) = _transforms(settings)[0], call.rows
-    group = _group(s.head)
+    group = group_for(s.head)
     constants = {
         "DIVERGENCE": kernels.DIVERGENCES[settings.divergence],
         "CENTRED": settings.divergence in kernels.CENTRED,
@@ -366,19 +218,19 @@ def topk_loss(
         "HARD": call.labels is not None,
         "FORM": form,
         "VEC": group,
-        "ALIGNED": _aligned(s, s if g.head is None else g, shape, group),
-        **kernels.options_for_topk(shape[2], k, WAVE),
-        **kernels.register_bound(WAVE, True),
+        "ALIGNED": aligned(s, s if g.head is None else g, shape, group),
+        **kernels.options_for_topk(shape[2], k, triton_launch.WAVE),
+        **kernels.register_bound(triton_launch.WAVE, True),
     }
     pointers = (*s, *g, *shape[1:], *factors, ids, log_probs, k, ordered, faults)
     numbers = *_numbers(call, rows, settings), float(shift)
-    _by_rows(kernels.topk_kernel, student, rows, *pointers, *numbers, *call.parts, **constants)
+    by_rows(kernels.topk_kernel, student, rows, *pointers, *numbers, *call.parts, **constants)
     return call.finish()
 
 
 def _transforms(settings: RowSettings) -> list[tuple[int, tuple[float, float]]]:
     """The student's and the teacher's form of kernels/transforms.py, with its two numbers."""
-    kernels = _kernels()
+    kernels = all_kernels()
 
     def of(scale: float, cap: float) -> tuple[int, tuple[float, float]]:
         if cap:
@@ -408,9 +260,9 @@ def _raise_of_rows(faults: Tensor, cols: int) -> None:
 
 def _row_constants(call: _Call, divergence: str, forms: tuple[int, int]) -> dict[str, Any]:
     """What the row kernel is compiled for."""
-    kernels = _kernels()
+    kernels = all_kernels()
     s, t, g = call.rows
-    frame, group = s if g.head is None else g, _group(s.head, t.head)
+    frame, group = s if g.head is None else g, group_for(s.head, t.head)
     made = [form != kernels.PLAIN.value for form in forms]
     return {
         "DIVERGENCE": kernels.DIVERGENCES[divergence],
@@ -421,40 +273,40 @@ def _row_constants(call: _Call, divergence: str, forms: tuple[int, int]) -> dict
         "SOFT": t.head is not None,
         "HARD": call.labels is not None,
         "VEC": group,
-        "ALIGNED_S": _aligned(s, frame, call.shape, group),
-        "ALIGNED_T": _aligned(t, frame, call.shape, group),
-        **kernels.register_bound(WAVE, divergence in kernels.HEAVY or any(made)),
+        "ALIGNED_S": aligned(s, frame, call.shape, group),
+        "ALIGNED_T": aligned(t, frame, call.shape, group),
+        **kernels.register_bound(triton_launch.WAVE, divergence in kernels.HEAVY or any(made)),
     }
 
 
 def rescale(grad: Tensor, grad_output: Tensor, unit: Scalar) -> None:
     """grad *= grad_output * unit, in place; nothing is touched where the product, which the device knows, is 1."""
-    shape, (g,) = _arrange(grad)
-    factors = grad_output, _scalar(unit)
-    _each_row(_kernels().rescale_kernel, grad, shape, *g, *shape[1:], *factors, VEC=_group(grad))
+    shape, (g,) = arrange(grad)
+    factors = grad_output, scalar(unit)
+    each_row(all_kernels().rescale_kernel, grad, shape, *g, *shape[1:], *factors, VEC=group_for(grad))
 
 
 def softmax(logits: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
     """softmax(logits / temperature), or its logarithm, in the logits' dtype."""
-    out = _like(logits)
-    shape, (x, y) = _arrange(logits.detach(), out)
+    out = like_rows(logits)
+    shape, (x, y) = arrange(logits.detach(), out)
     check_temperature(temperature, shape[2])
-    number, per_row = _temperature(temperature)
-    group = _group(logits)
-    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, "ALIGNED": _aligned(x, y, shape, group)}
-    _each_row(_kernels().softmax_kernel, logits, shape, *x, *y, *shape[1:], number, **constants)
+    number, per_row = temperature_of(temperature)
+    group = group_for(logits)
+    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, "ALIGNED": aligned(x, y, shape, group)}
+    each_row(all_kernels().softmax_kernel, logits, shape, *x, *y, *shape[1:], number, **constants)
     return out
 
 
 def softmax_backward(out: Tensor, grad_out: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
     """The logits' gradient from the output and its gradient."""
-    grad = _like(out)
-    shape, (y, u, x) = _arrange(out, grad_out.contiguous(), grad)  # upstream gradients come with any strides
-    number, per_row = _temperature(temperature)
-    group = _group(out, grad_out)
-    aligned = {"ALIGNED_Y": _aligned(y, x, shape, group), "ALIGNED_U": _aligned(u, x, shape, group)}
-    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, **aligned}
-    _each_row(_kernels().softmax_backward_kernel, out, shape, *y, *u, *x, *shape[1:], number, **constants)
+    grad = like_rows(out)
+    shape, (y, u, x) = arrange(out, grad_out.contiguous(), grad)  # upstream gradients come with any strides
+    number, per_row = temperature_of(temperature)
+    group = group_for(out, grad_out)
+    flags = {"ALIGNED_Y": aligned(y, x, shape, group), "ALIGNED_U": aligned(u, x, shape, group)}
+    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, **flags}
+    each_row(all_kernels().softmax_backward_kernel, out, shape, *y, *u, *x, *shape[1:], number, **constants)
     return grad
 
 
@@ -474,25 +326,25 @@ def cosine_loss(
     The unit of a reduced fp16 gradient depends on the norms of all rows: there the gradient is a launch of its own.
     """
     student = student.detach()
-    grad = _like(student) if gradient else None
-    shape, (s, t, g) = _arrange(student, teacher, grad)
+    grad = like_rows(student) if gradient else None
+    shape, (s, t, g) = arrange(student, teacher, grad)
     each = reduction == "none"
-    weights, _, fault = _weigh(
+    weights, _, fault = weigh(
         shape, None, mask, 1.0, upstream, (weight, 0.0), (count, -1.0), like=student, mean=reduction == "mean"
     )
     raise_if_checking(fault, shape[2], "mask")
-    loss, term = (_empty(student, student.shape[:-1] if each else ()) for _ in range(2))
+    loss, term = (room(student, student.shape[:-1] if each else ()) for _ in range(2))
     if each:
         _cosine_rows(student, shape, (s, t, g), weights, weight, loss=loss, term=term)
         return loss, term, grad, 1.0
-    parts = _empty(student, (shape[0] * shape[1],))
+    parts = room(student, (shape[0] * shape[1],))
     if grad is None or student.dtype != torch.float16 or upstream is not None:
         _cosine_rows(student, shape, (s, t, g), weights, weight, term=parts)
-        _reduce(parts, None, (weight, 0.0), loss, term, None)
+        reduce(parts, None, (weight, 0.0), loss, term, None)
         return loss, term, grad, 1.0
-    sizes, unit = torch.empty_like(parts), _empty(student, ())
-    _cosine_rows(student, shape, (s, t, _Rows(None)), weights, weight, term=parts, sizes=sizes)
-    _reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
+    sizes, unit = torch.empty_like(parts), room(student, ())
+    _cosine_rows(student, shape, (s, t, Rows(None)), weights, weight, term=parts, sizes=sizes)
+    reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
     _cosine_rows(student, shape, (s, t, g), weights, weight, unit=unit)
     return loss, term, grad, unit
 
@@ -500,7 +352,7 @@ def cosine_loss(
 def _cosine_rows(
     student: Tensor,
     shape: Shape,
-    tensors: tuple[_Rows, _Rows, _Rows],
+    tensors: tuple[Rows, Rows, Rows],
     weights: Tensor,
     weight: Scalar,
     *,
@@ -511,9 +363,9 @@ def _cosine_rows(
 ) -> None:
     """One launch of the cosine kernel: values, gradient, or both."""
     s, t, g = tensors
-    frame, group = s if g.head is None else g, _group(s.head, t.head)
+    frame, group = s if g.head is None else g, group_for(s.head, t.head)
     rows = shape[0] * shape[1]
     made = loss, term, sizes
-    aligned = {"ALIGNED_S": _aligned(s, frame, shape, group), "ALIGNED_T": _aligned(t, frame, shape, group)}
-    pointers = (*s, *t, *g, *shape[1:], weights, rows, unit, _scalar(weight), *made)
-    _each_row(_kernels().cosine_kernel, student, shape, *pointers, VEC=group, **aligned)
+    flags = {"ALIGNED_S": aligned(s, frame, shape, group), "ALIGNED_T": aligned(t, frame, shape, group)}
+    pointers = (*s, *t, *g, *shape[1:], weights, rows, unit, scalar(weight), *made)
+    each_row(all_kernels().cosine_kernel, student, shape, *pointers, VEC=group, **flags)

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from distil_fast.backends import triton as backend
+from distil_fast.backends import triton_launch
 from distil_fast.backends.settings import RowSettings
 
 TARGETS = {
@@ -61,7 +62,7 @@ def record(call: Callable[[], object], target: str = "sm_90") -> list[Launch]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(backend, "WAVE", TARGETS[target].warp_size),
+        mock.patch.object(triton_launch, "WAVE", TARGETS[target].warp_size),
     ):
         call()
     return launches

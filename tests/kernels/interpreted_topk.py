@@ -6,18 +6,12 @@ Run by test_interpreter.py. The cases and their bounds are tests/topk.py's. Next
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from distil_fast import TopK, backends
 from distil_fast.backends import triton as backend
-from distil_fast.backends.settings import TAILS
 from tests import oracle, topk
-from tests.kernels.interpreted_row_loss import case
-from tests.kernels.interpreter import HALVES, Guarded
+from tests.kernels.interpreter import HALVES
 
 INF, NAN = math.inf, math.nan
 
