@@ -55,13 +55,15 @@ def softmax_backward(
     temperature: float,
     /,
 ) -> None: ...
-def cosine_loss(
+def pair_loss(
     shape: Shape,
     student: Matrix,
     teacher: Matrix,
     grad: Matrix | None,
     mask: int,
     mask_is_bool: bool,
+    kind: int,
+    scale: float,
     weight: float,
     count: float,
     reduction: int,
@@ -121,13 +123,15 @@ def cuda_softmax_backward(
     stream: int,
     /,
 ) -> None: ...
-def cuda_cosine_loss(
+def cuda_pair_loss(
     shape: Shape,
     student: Matrix,
     teacher: Matrix,
     grad: Matrix | None,
     mask: int,
     mask_is_bool: bool,
+    kind: int,
+    scale: float,
     weight: Quantity,
     count: Quantity,
     reduction: int,

@@ -1,6 +1,6 @@
 """distil_fast: knowledge-distillation losses in one fused pass, exact, forward and gradient.
 
-`functional` holds the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
+`functional` and `hidden` hold the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
 """
 
 from distil_fast.functional import (
@@ -12,7 +12,19 @@ from distil_fast.functional import (
     softmax,
     triple_loss,
 )
-from distil_fast.modules import CosineLoss, CrossEntropyLoss, DistillationLoss, DivergenceLoss, TripleLoss
+from distil_fast.hidden import attention_loss, hidden_loss, logit_mse, mse_loss
+from distil_fast.linear import linear_cross_entropy, linear_distillation_loss, linear_divergence_loss
+from distil_fast.modules import (
+    AttentionLoss,
+    CosineLoss,
+    CrossEntropyLoss,
+    DistillationLoss,
+    DivergenceLoss,
+    HiddenLoss,
+    HiddenMSELoss,
+    LogitMSELoss,
+    TripleLoss,
+)
 from distil_fast.reference import (
     JSD,
     AlphaBeta,
@@ -33,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JSD",
     "AlphaBeta",
+    "AttentionLoss",
     "CosineLoss",
     "CrossEntropyLoss",
     "DistillationLoss",
@@ -40,7 +53,10 @@ __all__ = [
     "ForwardKL",
     "Hellinger",
     "Hidden",
+    "HiddenLoss",
+    "HiddenMSELoss",
     "LogProbs",
+    "LogitMSELoss",
     "LossTerms",
     "Probs",
     "ReverseKL",
@@ -51,11 +67,18 @@ __all__ = [
     "TotalVariation",
     "TripleLoss",
     "TripleTerms",
+    "attention_loss",
     "cosine_loss",
     "cross_entropy",
     "distillation_loss",
     "divergence_loss",
+    "hidden_loss",
+    "linear_cross_entropy",
+    "linear_distillation_loss",
+    "linear_divergence_loss",
     "log_softmax",
+    "logit_mse",
+    "mse_loss",
     "softmax",
     "triple_loss",
 ]

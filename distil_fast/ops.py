@@ -29,16 +29,16 @@ _SCALARS = (
 _VECTORS = "Tensor? labels, Tensor? soft_mask, Tensor? class_weights"
 _ROW = f"Tensor? teacher, {_VECTORS}, {_SCALARS}, {SCHEMA}"
 _TOPK = f"Tensor ids, Tensor log_probs, {_VECTORS}, {_SCALARS}, float shift, str tail, {SCHEMA}"
-_TAIL = "float[] numbers, str reduction, str backend"
-_COSINE = f"Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, {_TAIL}"
+_TAIL = "float[] numbers, str kind, float scale, str reduction, str backend"
+_PAIR = f"Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, {_TAIL}"
 
 _lib = torch.library.Library("distil_fast", "DEF")
 _lib.define(f"row_loss(Tensor student, {_ROW}) -> (Tensor, Tensor, Tensor)")
 _lib.define(f"row_loss_backward(Tensor upstream, Tensor student, {_ROW}) -> Tensor")
 _lib.define(f"topk_loss(Tensor student, {_TOPK}) -> (Tensor, Tensor, Tensor)")
 _lib.define(f"topk_loss_backward(Tensor upstream, Tensor student, {_TOPK}) -> Tensor")
-_lib.define(f"cosine_loss({_COSINE}) -> (Tensor, Tensor)")
-_lib.define(f"cosine_loss_backward(Tensor upstream, {_COSINE}) -> Tensor")
+_lib.define(f"pair_loss({_PAIR}) -> (Tensor, Tensor)")
+_lib.define(f"pair_loss_backward(Tensor upstream, {_PAIR}) -> Tensor")
 _lib.define("softmax(Tensor logits, Tensor? temperature, float number, bool logarithm, str backend) -> Tensor")
 _lib.define(
     "softmax_backward(Tensor out, Tensor grad_out, Tensor? temperature, float number, bool logarithm, str backend) "
@@ -88,21 +88,18 @@ def _topk_loss_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor
     return grad
 
 
-def _cosine(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, args: tuple[Any, ...], **how: Any
-) -> tuple[Any, ...]:
-    *scalars, numbers, reduction, backend = args
-    return backends.module(backend).cosine_loss(student, teacher, mask, *_paired(scalars, numbers), reduction, **how)
+def _pair(student: Tensor, teacher: Tensor, mask: Tensor | None, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
+    *scalars, numbers, kind, scale, reduction, backend = args
+    settings = *_paired(scalars, numbers), kind, scale, reduction
+    return backends.module(backend).pair_loss(student, teacher, mask, *settings, **how)
 
 
-def _cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return _cosine(student, teacher, mask, args)[:2]
+def _pair_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    return _pair(student, teacher, mask, args)[:2]
 
 
-def _cosine_loss_backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any
-) -> Tensor:
-    grad: Tensor = _cosine(student, teacher, mask, args, gradient=True, upstream=upstream)[2]
+def _pair_loss_backward(upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    grad: Tensor = _pair(student, teacher, mask, args, gradient=True, upstream=upstream)[2]
     return grad
 
 
@@ -131,7 +128,7 @@ def _fake_row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_terms(student, args[-2], 3)
 
 
-def _fake_cosine_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_pair_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_terms(student, args[-2], 2)
 
 
@@ -148,8 +145,8 @@ for _name, _implementation, _fake in (
     ("row_loss_backward", _row_loss_backward, _fake_rows_like_second),
     ("topk_loss", _topk_loss, _fake_row_loss),
     ("topk_loss_backward", _topk_loss_backward, _fake_rows_like_second),
-    ("cosine_loss", _cosine_loss, _fake_cosine_loss),
-    ("cosine_loss_backward", _cosine_loss_backward, _fake_rows_like_second),
+    ("pair_loss", _pair_loss, _fake_pair_loss),
+    ("pair_loss_backward", _pair_loss_backward, _fake_rows_like_second),
     ("softmax", _softmax, _fake_rows_like_first),
     ("softmax_backward", _softmax_backward, _fake_rows_like_first),
 ):
@@ -327,14 +324,14 @@ def topk_loss(
     return _by_rows("topk_loss", student, vectors, scalars, settings, (shift, tail), inplace)
 
 
-class _StoredCosineLoss(torch.autograd.Function):
+class _StoredPairLoss(torch.autograd.Function):
     """Gradient in forward, applied in backward."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         *rest, backend = args
         ctx.kernels = backends.module(backend)
-        loss, term, ctx.grad, ctx.unit = ctx.kernels.cosine_loss(student, *rest, gradient=True)
+        loss, term, ctx.grad, ctx.unit = ctx.kernels.pair_loss(student, *rest, gradient=True)
         ctx.mark_non_differentiable(term)
         ctx.set_materialize_grads(False)
         return loss, term
@@ -348,12 +345,12 @@ class _StoredCosineLoss(torch.autograd.Function):
         return _final(grad), None
 
 
-class _RecomputedCosineLoss(torch.autograd.Function):
-    """Gradient in backward, from the hidden states."""
+class _RecomputedPairLoss(torch.autograd.Function):
+    """Gradient in backward, from the two tensors."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        loss, term = (_cosine_loss if _direct(student) else _ops.cosine_loss)(student, *args)
+        loss, term = (_pair_loss if _direct(student) else _ops.pair_loss)(student, *args)
         _keep(ctx, student, *args[:4])
         ctx.settings = args[4:]
         ctx.mark_non_differentiable(term)
@@ -363,24 +360,26 @@ class _RecomputedCosineLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         student, *tensors = _kept(ctx)
         assert student is not None
-        compute = _cosine_loss_backward if _direct(student) else _ops.cosine_loss_backward
-        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 7
+        compute = _pair_loss_backward if _direct(student) else _ops.pair_loss_backward
+        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 9
 
 
-def cosine_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Scalar, count: Scalar, reduction: str, backend: str
+def pair_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Scalar, count: Scalar, settings: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss and the term before its weight; count -1: counted."""
+    """The weighted loss and the term before its weight; count -1: counted; settings: the schema's tail."""
     direct = _direct(student)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
-    if direct and not (needs_grad and reduction == "none"):
+    if direct and not (needs_grad and settings[-2] == "none"):
+        args = (teacher, mask, weight, count, *settings)
         if needs_grad:
-            return _StoredCosineLoss.apply(student, (teacher, mask, weight, count, reduction, backend))
-        return backends.module(backend).cosine_loss(student, teacher, mask, weight, count, reduction)[:2]
+            return _StoredPairLoss.apply(student, args)
+        *rest, backend = args
+        return backends.module(backend).pair_loss(student, *rest)[:2]
     tensors, numbers = _split((weight, count))
     if needs_grad:
-        return _RecomputedCosineLoss.apply(student, teacher, mask, *tensors, numbers, reduction, backend)
-    return _ops.cosine_loss(student, teacher, mask, *tensors, numbers, reduction, backend)
+        return _RecomputedPairLoss.apply(student, teacher, mask, *tensors, numbers, *settings)
+    return _ops.pair_loss(student, teacher, mask, *tensors, numbers, *settings)
 
 
 class _Softmax(torch.autograd.Function):

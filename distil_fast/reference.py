@@ -9,12 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-Number: TypeAlias = "float | Tensor"
+from distil_fast.reference_pairs import Number as Number
+from distil_fast.reference_pairs import attention_loss as attention_loss
+from distil_fast.reference_pairs import cosine_loss as cosine_loss
+from distil_fast.reference_pairs import hidden_loss as hidden_loss
+from distil_fast.reference_pairs import logit_mse as logit_mse
+from distil_fast.reference_pairs import mse_loss as mse_loss
+from distil_fast.reference_pairs import pair_loss as pair_loss
+from distil_fast.reference_pairs import reduce as _reduce
+from distil_fast.reference_pairs import share as _share
+from distil_fast.reference_pairs import times as _times
+from distil_fast.reference_pairs import used_rows_only as _used_rows_only
+from distil_fast.reference_pairs import working as _working
 
 
 class LossTerms(NamedTuple):
@@ -37,12 +48,6 @@ class TripleTerms(NamedTuple):
 # ---------------------------------------------------------------------------------------------- divergences
 # A divergence is D = sum_j f_j, f_j a function of log p, log q, r = log q - log p, p and q, with p the teacher's
 # probability and q the student's. Here autograd derives the gradient; the kernels' twins state it as a second term.
-
-
-def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor, where a weight of 0 wins over an infinite factor, in the gradient too."""
-    vanished = weight == 0
-    return torch.where(vanished, 0.0, weight * torch.where(vanished, 0.0, factor))
 
 
 def _log_mixed(weight: float, r: Tensor) -> Tensor:
@@ -308,11 +313,6 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def _working(logits: Tensor) -> Tensor:
-    """The logits in the precision of the sums: float64 stays, everything else becomes float32."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _transformed(logits: Tensor, scale: float, cap: float) -> Tensor:
     """cap tanh(scale logits / cap), or scale logits where cap is 0; -inf, a masked column, stays."""
     if cap:
@@ -351,23 +351,6 @@ def _hard_rows(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: f
     if label_smoothing:
         loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1))
     return loss + z_loss * lse.square() if z_loss else loss
-
-
-def _used_rows_only(tensor: Tensor, used: Tensor) -> Tensor:
-    """Unused rows become zeros, so that whatever they hold (nan, inf) reaches neither value nor gradient."""
-    return torch.where(used.unsqueeze(-1), tensor, 0.0)
-
-
-def _share(rows: Tensor, count: Number | None, reduction: str) -> Tensor:
-    """Each row's share in its term: rows / denominator, where the default denominator is the sum of the rows."""
-    if reduction != "mean":
-        return rows
-    count = rows.sum() if count is None else torch.as_tensor(count, dtype=rows.dtype, device=rows.device)
-    return torch.where(count == 0, 0.0, rows / torch.where(count == 0, 1.0, count))
-
-
-def _reduce(rows: Tensor, reduction: str) -> Tensor:
-    return rows if reduction == "none" else rows.sum()
 
 
 def two_terms(
@@ -464,6 +447,28 @@ def distillation_loss(
     return two_terms(student, soft_rows, labels, temperature=temperature, **options)
 
 
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden weight^T + bias, in float32 at least."""
+    hidden = _working(hidden)
+    return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    **options: Any,
+) -> LossTerms:
+    """`distil_fast.linear_distillation_loss` in plain torch, with the whole logits; `options`: distillation_loss's."""
+    student = head_logits(student_hidden, student_weight, student_bias)
+    return distillation_loss(student, head_logits(teacher_hidden, teacher_weight, teacher_bias), labels, **options)
+
+
 def divergence_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -521,26 +526,7 @@ def log_softmax(logits: Tensor, temperature: Number = 1.0) -> Tensor:
     return (values / (temperature.unsqueeze(-1) if temperature.dim() else temperature)).log_softmax(-1).to(logits.dtype)
 
 
-# ---------------------------------------------------------------------------------------------- hidden states
-
-COSINE_EPS = 1e-12  # added to both squared norms, as ATen's cosine_embedding_loss does
-
-
-def cosine_loss(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    mask: Tensor | None = None,
-    count: Number | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """`distil_fast.cosine_loss` in plain torch."""
-    student = _working(student_hidden)
-    rows = student.new_ones(student.shape[:-1]) if mask is None else mask.to(student.dtype)
-    share = _share(rows, count, reduction)
-    student = _used_rows_only(student, share != 0)
-    teacher = _used_rows_only(_working(teacher_hidden).to(student.dtype), share != 0)
-    squares = (student.square().sum(-1) + COSINE_EPS) * (teacher.square().sum(-1) + COSINE_EPS)
-    return _reduce(_times(share, 1.0 - (student * teacher).sum(-1) / squares.sqrt()), reduction)
+# ---------------------------------------------------------------------------------------------- both together
 
 
 def triple_loss(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distil_fast.kernels.maths import exp, expm1, expm1_tail, log1p, log_and, times
+from distil_fast.kernels.maths import exp, expm1, expm1_tail, log, log1p, times
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def mixture(weight, r):
     cancels = excess < -0.5
     mixed = tl.maximum(tl.where(cancels, weight + other * ratio, 1.0 + excess), 1e-30)
     lost = tl.where(cancels, 0.0, (excess - (mixed - 1.0)) / mixed)
-    return ratio, excess, mixed, log_and(mixed, lost)
+    return ratio, excess, mixed, log(mixed, lost)
 
 
 @triton.jit

@@ -26,9 +26,9 @@ SHAPES: dict[float, Shape] = {
 
 VECTORS = Shape(1024, 16)  # of the kernels of one program, which walk through vectors of one entry a row
 
-# Of the threads of the row kernel and of the kernels of one program. Without this bound ptxas takes up to 112, for
-# which there is no need, or stops by itself, with spills: of the row kernel once at 80, of the prologue at 64. The
-# other kernels stay below it anyway. AMD's compiler has no such bound.
+# Of the threads of the row kernel, of entries_kernel (KL: 98 without) and of the kernels of one program. Without this
+# bound ptxas takes up to 112, for which there is no need, or stops by itself, with spills: of the row kernel once at
+# 80, of the prologue at 64. The other kernels stay below it anyway. AMD's compiler has no such bound.
 ROW_REGISTERS = 80
 # Where 80 would spill: two blocks of 256 threads on a multiprocessor. Divergences that take mixtures or powers, and
 # logits that are made from others (transforms.py).
@@ -42,15 +42,15 @@ def options_for_rows(cols: int, wave: int) -> dict[str, int]:
 
 def options_for_vectors(wave: int) -> dict[str, int]:
     """The same for the kernels of one program."""
-    return _options(VECTORS, wave) | register_bound(wave, False)
+    return _options(VECTORS, wave) | register_bound(wave)
 
 
 def _options(shape: Shape, wave: int) -> dict[str, int]:
     return {"BLOCK": shape.block, "num_warps": shape.warps * 32 // wave}
 
 
-def options_for_entries(k: int, wave: int) -> dict[str, int]:
-    """What the kernel of a top-k teacher's entries is launched with: a thread compares two with CHUNK others."""
+def options_for_order(k: int, wave: int) -> dict[str, int]:
+    """What the kernel of a top-k teacher's columns is launched with: a thread compares two with CHUNK others."""
     padded = _padded(k)
     return {"K": padded, "CHUNK": 16, "num_warps": max(1, padded // 2 // wave)}
 
@@ -67,7 +67,7 @@ def _padded(k: int) -> int:
     return max(16, 1 << (k - 1).bit_length())
 
 
-def register_bound(wave: int, more: bool) -> dict[str, int]:
+def register_bound(wave: int, more: bool = False) -> dict[str, int]:
     """`more`: for a variant of the row kernel that 80 would not do for."""
     return {"maxnreg": MORE_ROW_REGISTERS if more else ROW_REGISTERS} if wave == 32 else {}
 

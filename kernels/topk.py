@@ -3,7 +3,7 @@
 The first sums the exponentials outside the entries, never the whole less the entries', which would leave no digits of
 a small tail. The k outcomes and their bucket are computed once, their logarithms in double precision, in a vector of K;
 the second sweep writes what the columns outside have, and the entries are written over it. Before it: prologue.py,
-entries.py. It knows no formula of a divergence. Next: docs/math.md, section 10.
+order.py. It knows no formula of a divergence. Next: docs/math.md, section 10.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distil_fast.kernels.entries import load_ids
 from distil_fast.kernels.maths import LOG2E, LOWEST, times
+from distil_fast.kernels.order import load_ids
 from distil_fast.kernels.prologue import scalar, weighted
 from distil_fast.kernels.rows import cross_entropy, hard_gradient
 from distil_fast.kernels.sums import (
@@ -216,7 +216,7 @@ def topk_kernel(
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, TAIL: tl.constexpr, HARD: tl.constexpr, FORM: tl.constexpr,
     K: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Row `program_id`, as row_kernel has it. `ordered` and `faults` come from entries_kernel."""
+    """Row `program_id`, as row_kernel has it. `ordered` and `faults` come from order_kernel."""
     row, rows = tl.program_id(0).to(tl.int64), rows.to(tl.int64)
     soft_weight_, hard_weight_ = tl.load(weights + row), tl.load(weights + rows + row)
     soft_share, hard_share = tl.load(weights + 2 * rows + row), tl.load(weights + 3 * rows + row)

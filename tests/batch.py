@@ -101,6 +101,7 @@ def _row_calls(reduction: str) -> dict[str, Call]:
             reduction=reduction,
         ),
         "cosine": lambda f, b: f.cosine_loss(b.student_hidden, b.teacher_hidden, b.attention_mask, reduction=reduction),
+        "mse": lambda f, b: f.mse_loss(b.student_hidden, b.teacher_hidden, b.token_weights, reduction=reduction),
     }
 
 
@@ -116,6 +117,16 @@ CALLS: dict[str, Call] = {
     ),
     "cross_entropy-smooth": lambda f, b: f.cross_entropy(b.student_logits, b.labels, count=5, label_smoothing=0.2),
     "cosine-weights": lambda f, b: f.cosine_loss(b.student_hidden, b.teacher_hidden, b.token_weights, 4.0),
+    "logit_mse": lambda f, b: f.logit_mse(b.student_logits, b.teacher_logits, b.attention_mask, 4.0),
+    "hidden": lambda f, b: f.hidden_loss(
+        (b.student_hidden, 0.5 * b.student_hidden),
+        (b.teacher_hidden, -b.teacher_hidden, b.teacher_hidden + 1.0),
+        b.attention_mask,
+        layer_map=[(0, 2), (1, 0), (-1, 1)],
+        kind="mse",
+        layer_weights=[1.0, b.token_weights.new_tensor(0.25), 2.0],
+        count=7.0,
+    ),
     "softmax": lambda f, b: f.softmax(b.student_logits, b.temperatures),
     "log_softmax": lambda f, b: f.log_softmax(b.student_logits, 2.5),
     "triple": lambda f, b: f.triple_loss(*b[:6]),
@@ -140,7 +151,8 @@ def first(out: Any) -> Tensor:
 
 def student_field(call: str) -> str:
     """The field of a batch that a call of the table (but not triple) has its gradient in."""
-    return "student_hidden" if "cosine" in call else "student_logits"
+    of_hidden = call.startswith(("cosine", "mse", "hidden"))
+    return "student_hidden" if of_hidden else "student_logits"
 
 
 class Result(NamedTuple):

@@ -83,7 +83,8 @@ def edges() -> None:
             distil_fast.cross_entropy(guarded(student, at_end), labels)
         for function in (distil_fast.softmax, distil_fast.log_softmax):
             function(student, temperature)
-        distil_fast.cosine_loss(guarded(student, at_end).requires_grad_(), teacher, mask).backward()
+        for function in (distil_fast.cosine_loss, distil_fast.mse_loss, distil_fast.logit_mse):
+            function(guarded(student, at_end).requires_grad_(), teacher, mask).backward()
         kept.clear()
 
 
@@ -103,8 +104,9 @@ def unused() -> None:
             assert not grad[3].any()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         hidden, target = (forbid_rows(torch.randn(5, 700).to(dtype), [3]) for _ in range(2))
-        loss = distil_fast.cosine_loss(hidden.requires_grad_(), target, torch.tensor([True, True, True, False, True]))
-        assert not torch.autograd.grad(loss, hidden)[0][3].any()
+        for function in (distil_fast.cosine_loss, distil_fast.mse_loss):
+            loss = function(hidden.requires_grad_(), target, torch.tensor([True, True, True, False, True]))
+            assert not torch.autograd.grad(loss, hidden)[0][3].any()
     kept.clear()
 
 

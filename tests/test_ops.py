@@ -17,12 +17,20 @@ import distil_fast
 from distil_fast import reference
 from tests.batch import CALLS, Batch, as_double, assert_close, error, first, make_batch, run, student_field
 
-STORED = ["distillation-mean", "everything-sum", "topk-mean", "cosine-mean"]  # the gradient is computed in forward
+STORED = [  # the gradient is computed in forward
+    "distillation-mean",
+    "everything-sum",
+    "topk-mean",
+    "cosine-mean",
+    "mse-mean",
+    "logit_mse",
+]
 RECOMPUTED = [
     "distillation-none",
     "everything-none",
     "topk-none",
     "cosine-none",
+    "mse-none",
     "softmax",
     "log_softmax",
 ]  # in backward
@@ -181,7 +189,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call, getattr(b, student_field(name)))
 
 
-@pytest.mark.parametrize("name", ["distillation-mean", "everything-sum", "cosine-mean", "triple"])
+@pytest.mark.parametrize("name", ["distillation-mean", "everything-sum", "cosine-mean", "hidden", "triple"])
 def test_a_reduced_loss_against_finite_differences(name: str) -> None:
     """gradcheck itself asks for a second backward."""
     b = as_double(make_batch(2, 2, cols=5, hidden=4))

@@ -68,6 +68,12 @@ struct Combine {
   double of_g, of_q, of_h, constant, ref_s;
 };
 
+// How what a model gives becomes logits: scale x; cap tanh(scale x / cap) where cap is not 0; scale log x.
+struct Prepare {
+  double scale, cap;
+  bool logarithm;
+};
+
 // A dtype's index: f64 alone, or f32, f16, bf16 in DType's order.
 template <class Real>
 inline constexpr int dtypes = sizeof(Real) == 8 ? 1 : 3;
@@ -79,6 +85,8 @@ struct Sweeps {
                                 Real* et, Real* difference, Block<Real>* block, const Ahead& ahead);
   void (*exponentiate_alone[D])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block,
                                 const Ahead& ahead);
+  void (*prepare[D])(const void* given, int64_t n, const Prepare& by, Real* logits);
+  void (*chain[D])(void* out, const void* student, const Real* gradient, int64_t n, const Prepare& by);
   double (*maximum[D])(const void* logits, int64_t n);
   double (*exponential_sum[D])(const void* logits, int64_t n, double reference);
   double (*shifted_sum[D])(const void* logits, int64_t n, double reference);
@@ -101,12 +109,14 @@ struct SoftmaxSweeps {
 };
 
 template <int D>
-struct HiddenSweeps {
+struct PairSweeps {
   void (*square_sums[D][D])(const void* student, const void* teacher, int64_t n, double* ss, double* tt);
   void (*distance[D][D])(const void* student, const void* teacher, int64_t n, double inverse_s, double inverse_t,
                          double* e_square, double* u_e);
-  void (*gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,
-                         double inverse_t, double of_e, double of_u);
+  void (*cosine_gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,
+                                double inverse_t, double of_e, double of_u);
+  // of a PairKind but cosine: the row's sum; grad = of_g g, where grad is not null
+  double (*entries[3][D][D])(void* grad, const void* student, const void* teacher, int64_t n, double of_g);
 };
 
 template <class Real>
@@ -114,7 +124,6 @@ struct TopKSweeps {
   static constexpr int D = dtypes<Real>;
   void (*exponentiate[D][3])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block,
                              const Ahead& ahead);  // by Hard
-  void (*widen[D])(const void* logits, int64_t n, Real* to);
   double (*total)(const Real* es, int64_t n);
 };
 
@@ -123,7 +132,7 @@ template <class Real>
 struct Table {
   Sweeps<Real> rows;
   SoftmaxSweeps<dtypes<Real>> softmax;
-  HiddenSweeps<dtypes<Real>> hidden;
+  PairSweeps<dtypes<Real>> pairs;
   TopKSweeps<Real> topk;
   void (*rescale[dtypes<Real>])(void* values, int64_t n, double factor);
 };

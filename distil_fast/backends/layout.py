@@ -13,6 +13,8 @@ from torch import Tensor
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 REDUCTION_CODE = {"mean": 0, "sum": 1, "none": 2}
+PAIR_CODE = {"cosine": 0, "squared": 1, "kl": 2}  # PairKind
+PAIR_UNIT = 64.0  # pair_unit
 LABEL, MASK, TEMPERATURE, CLASS_WEIGHT, TEACHER_MASS, TOPK_ID, TOPK_LOG_PROB = 1, 2, 3, 4, 5, 6, 7  # FaultKind
 
 Shape = tuple[int, int, int]
@@ -101,7 +103,7 @@ def flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def topk_tolerance(log_probs: Tensor) -> float:
     """What rounding may add to a top-k teacher's log-probabilities, and to the sum of its probabilities."""
-    return 1e-2 if log_probs.dtype.itemsize == 2 else 1e-3
+    return {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(log_probs.dtype, 1e-3)
 
 
 def address(tensor: Tensor | None) -> int:

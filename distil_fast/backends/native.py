@@ -15,6 +15,7 @@ from torch import Tensor
 from distil_fast import _C
 from distil_fast.backends.buffers import empty_like_rows
 from distil_fast.backends.layout import (
+    PAIR_CODE,
     REDUCTION_CODE,
     address,
     check_inplace,
@@ -162,10 +163,6 @@ def topk_loss(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
     """`row_loss` with a teacher of k columns a row; shift: the divergence's."""
-    if tuple(settings.transforms[:2]) != (1.0, 0.0):
-        raise NotImplementedError(
-            "student_logit_scale and student_softcap: not with a TopK teacher on a CPU. Apply them to student_logits."
-        )
     rows = labels, soft_mask, class_weights
     scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
     tolerance = topk_tolerance(log_probs)
@@ -203,18 +200,23 @@ def softmax_backward(out: Tensor, grad_out: Tensor, temperature: float | Tensor,
     return grad
 
 
-def cosine_loss(
+def pair_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
     weight: float | Tensor,
     count: float | Tensor,
+    kind: str,
+    scale: float,
     reduction: str,
     *,
     gradient: bool = False,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in."""
+    """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in.
+
+    kind: what csrc/core.h compares two rows by; scale: of a row's value, in (0, 1].
+    """
     real = real_dtype(student)
     grad = empty_like_rows(student) if gradient else None
     shape, (student_m, teacher_m, grad_m) = geometry(student, teacher, grad)
@@ -223,13 +225,15 @@ def cosine_loss(
     if upstream is not None:
         upstream = flat(upstream.expand(student.shape[:-1]), real)
     loss, term = (torch.empty(student.shape[:-1] if reduction == "none" else (), dtype=real) for _ in range(2))
-    *fault, unit = _C.cosine_loss(
+    *fault, unit = _C.pair_loss(
         shape,
         student_m,
         teacher_m,
         grad_m,
         address(mask),
         mask_is_bool,
+        PAIR_CODE[kind],
+        scale,
         _number("weight", weight),
         _number("count", count),
         REDUCTION_CODE[reduction],

@@ -7,6 +7,7 @@ share; kernels/rows.py.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from distil_fast import backends
 from distil_fast.backends import triton_launch
 from distil_fast.backends.gpu import DTYPES, check_temperature, raise_if_checking
-from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, raise_fault
+from distil_fast.backends.layout import PAIR_UNIT, Shape, check_inplace, cut, cut_gradient, raise_fault
 from distil_fast.backends.settings import LOG_PROBS, LOGITS, TAILS, RowSettings
 from distil_fast.backends.triton_launch import (
     Rows,
@@ -204,10 +205,10 @@ def topk_loss(
     call = _begin(student, None, vectors, scalars, settings, gradient, upstream, has_soft=True)
     shape, rows = call.shape, call.shape[0] * call.shape[1]
     ids, log_probs, faults = ids.contiguous(), log_probs.contiguous(), _verdicts(student, rows)
-    options = kernels.options_for_entries(k, triton_launch.WAVE)
+    options = kernels.options_for_order(k, triton_launch.WAVE)
     ordered = torch.empty(rows, options["K"] + 1, dtype=torch.int32, device=student.device)
     entries = ids, log_probs, call.weighing.weights, rows, shape[2], k, ordered, faults
-    by_rows(kernels.entries_kernel, student, rows, *entries, **options)
+    by_rows(kernels.order_kernel, student, rows, *entries, **options)
     _raise_of_rows(faults, shape[2])
     (form, factors), (s, _, g) = _transforms(settings)[0], call.rows
     group = group_for(s.head)
@@ -310,12 +311,14 @@ def softmax_backward(out: Tensor, grad_out: Tensor, temperature: Scalar, logarit
     return grad
 
 
-def cosine_loss(
+def pair_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
     weight: Scalar,
     count: Scalar,
+    kind: str,
+    scale: float,
     reduction: str,
     *,
     gradient: bool = False,
@@ -323,49 +326,67 @@ def cosine_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None, Scalar]:
     """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in.
 
-    The unit of a reduced fp16 gradient depends on the norms of all rows: there the gradient is a launch of its own.
+    kind: what csrc/core.h compares two rows by; scale: of a row's value, in (0, 1]. The unit of the cosine's reduced
+    fp16 gradient depends on the norms of all rows: there the gradient is a launch of its own.
     """
     student = student.detach()
     grad = like_rows(student) if gradient else None
     shape, (s, t, g) = arrange(student, teacher, grad)
     each = reduction == "none"
-    weights, _, fault = weigh(
-        shape, None, mask, 1.0, upstream, (weight, 0.0), (count, -1.0), like=student, mean=reduction == "mean"
+    in_units = grad is not None and student.dtype == torch.float16 and upstream is None and not each
+    weights, unit, fault = weigh(
+        shape,
+        None,
+        mask,
+        1.0 / (PAIR_UNIT * scale),  # what a gradient is divided by
+        upstream,
+        (weight, 0.0),
+        (count, -1.0),
+        like=student,
+        mean=reduction == "mean",
+        in_units=in_units and kind != "cosine",
     )
     raise_if_checking(fault, shape[2], "mask")
     loss, term = (room(student, student.shape[:-1] if each else ()) for _ in range(2))
+    launch = functools.partial(_pair_rows, student, shape, (s, t), weights, weight, kind, scale)
     if each:
-        _cosine_rows(student, shape, (s, t, g), weights, weight, loss=loss, term=term)
+        launch(g, loss=loss, term=term)
         return loss, term, grad, 1.0
     parts = room(student, (shape[0] * shape[1],))
-    if grad is None or student.dtype != torch.float16 or upstream is not None:
-        _cosine_rows(student, shape, (s, t, g), weights, weight, term=parts)
+    if in_units and kind == "cosine":
+        sizes, unit = torch.empty_like(parts), room(student, ())
+        launch(Rows(None), term=parts, sizes=sizes)
+        reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
+        launch(g, unit=unit)
+    else:
+        launch(g, unit=unit, term=parts)
         reduce(parts, None, (weight, 0.0), loss, term, None)
-        return loss, term, grad, 1.0
-    sizes, unit = torch.empty_like(parts), room(student, ())
-    _cosine_rows(student, shape, (s, t, Rows(None)), weights, weight, term=parts, sizes=sizes)
-    reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
-    _cosine_rows(student, shape, (s, t, g), weights, weight, unit=unit)
-    return loss, term, grad, unit
+    return loss, term, grad, 1.0 if unit is None else unit
 
 
-def _cosine_rows(
+def _pair_rows(
     student: Tensor,
     shape: Shape,
-    tensors: tuple[Rows, Rows, Rows],
+    pair: tuple[Rows, Rows],
     weights: Tensor,
     weight: Scalar,
+    kind: str,
+    scale: float,
+    g: Rows,
     *,
     unit: Tensor | None = None,
     loss: Tensor | None = None,
     term: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> None:
-    """One launch of the cosine kernel: values, gradient, or both."""
-    s, t, g = tensors
-    frame, group = s if g.head is None else g, group_for(s.head, t.head)
-    rows = shape[0] * shape[1]
-    made = loss, term, sizes
+    """One launch over the rows: values, gradient, or both."""
+    s, t = pair
+    kernels, frame, group = all_kernels(), s if g.head is None else g, group_for(s.head, t.head)
     flags = {"ALIGNED_S": aligned(s, frame, shape, group), "ALIGNED_T": aligned(t, frame, shape, group)}
-    pointers = (*s, *t, *g, *shape[1:], weights, rows, unit, scalar(weight), *made)
-    each_row(all_kernels().cosine_kernel, student, shape, *pointers, VEC=group, **flags)
+    given = (*s, *t, *g, *shape[1:], weights, shape[0] * shape[1], unit, scalar(weight))
+    if kind == "cosine":
+        each_row(kernels.cosine_kernel, student, shape, *given, loss, term, sizes, VEC=group, **flags)
+    else:
+        constants = {"PAIR": kernels.PAIRS[kind], "FIRST": kind in kernels.HAVE_FIRST, "VEC": group, **flags}
+        bound = kernels.register_bound(triton_launch.WAVE)
+        each_row(kernels.entries_kernel, student, shape, *given, scale, loss, term, **constants, **bound)

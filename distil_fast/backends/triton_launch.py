@@ -24,7 +24,7 @@ Scalar = float | Tensor
 @functools.cache
 def all_kernels() -> SimpleNamespace:
     """The kernels and their launch shapes: not imported before they are needed, because Triton is not, either."""
-    names = "divergences entries hidden launch prologue reduction rescale rows softmax topk transforms"
+    names = "cosine divergences launch order pairs prologue reduction rescale rows softmax topk transforms"
     modules = [vars(importlib.import_module(f"distil_fast.kernels.{name}")) for name in names.split()]
     return SimpleNamespace(**{name: value for module in modules for name, value in module.items()})
 

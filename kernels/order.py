@@ -31,7 +31,7 @@ def first_of(bad, i, values, at):
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "k"], do_not_specialize_on_alignment=["ids", "log_probs"])
-def entries_kernel(ids, log_probs, weights, rows, cols, k, ordered, faults, K: tl.constexpr, CHUNK: tl.constexpr):
+def order_kernel(ids, log_probs, weights, rows, cols, k, ordered, faults, K: tl.constexpr, CHUNK: tl.constexpr):
     """ordered [rows, K + 1]: the columns, and LAST behind them. faults: see faults.py. Rows without a soft weight are
     not read, and have no entries."""
     row, rows = tl.program_id(0).to(tl.int64), rows.to(tl.int64)
