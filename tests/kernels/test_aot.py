@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distil_fast.backends import triton as backend
-from distil_fast.backends.settings import RowSettings
+from distil_fast.backends.settings import TAILS, RowSettings
 from distil_fast.kernels.divergences import CENTRED, DIVERGENCES
 from distil_fast.kernels.pairs import PAIRS
 from tests.kernels import aot
@@ -28,15 +28,16 @@ BF16 = torch.bfloat16
 FIRST = ("sm_90", "gfx942")  # the others are slow tests
 
 
-def check(launch: Launch, target: str, reads: int, itemsizes: int, stores: int = 0) -> None:
-    """reads: of each tensor, a tile at a time; itemsizes: the tensors' sum. A thread has 8 elements of a tile."""
+def check(launch: Launch, target: str, reads: int, itemsizes: int, stores: int = 0, narrow: int = 0) -> None:
+    """reads: of each tensor, a tile at a time; itemsizes: the tensors' sum. A thread has 8 elements of a tile. narrow:
+    loads allowed besides."""
     used = aot.compile_for(launch, target)
     where = f"{launch.name} for {target}: {used}"
     assert used.spilled == 0, where
     bound = MORE_REGISTERS if launch.kwargs.get("maxnreg", 0) > 80 else REGISTERS
     assert used.registers <= bound[TARGETS[target].backend], where
     assert used.wide_loads >= reads * itemsizes // 2, where
-    assert used.narrow_loads <= NARROW, where
+    assert used.narrow_loads <= NARROW + narrow, where
     assert used.wide_stores >= stores // 2, where
 
 
@@ -109,6 +110,28 @@ def test_row_kernel_of_every_kind(mix: Any, target: str) -> None:
             check_rows(target, mix, "forward_kl", (0.0, 0.5), gradient)
 
 
+def check_topk(target: str, dtype: torch.dtype, divergence: str, tail: str, k: int, **how: Any) -> None:
+    """One read of the student's row, one more of its gradient, one write."""
+    _, order, launch, _ = aot.topk_loss(dtype, divergence, tail, k, target=target, **how)
+    used = aot.compile_for(order, target)
+    assert used.spilled == 0, f"{order.name} of {k}: {used}"
+    check(launch, target, 2, dtype.itemsize, dtype.itemsize, narrow=4 * math.ceil(k / 256))
+
+
+@targets(slow=False)
+@pytest.mark.parametrize("tail", TAILS)
+def test_topk_kernels(tail: str, target: str) -> None:
+    check_topk(target, BF16, "reverse_kl", tail, 64)
+
+
+@targets(slow=True)
+@pytest.mark.parametrize("k", [16, 1024])
+def test_topk_kernels_of_every_kind(k: int, target: str) -> None:
+    for divergence in ("forward_kl", "alpha_beta"):
+        check_topk(target, torch.float32, divergence, "bucket", k, options=MADE["capped"])
+    check_topk(target, torch.float16, "skewed_kl", "ignore", k, cols=1000)
+
+
 @targets(slow=True)
 @pytest.mark.parametrize("cols", [99, 300, 1001])
 def test_row_kernel_of_shorter_rows(cols: int, target: str) -> None:
@@ -171,6 +194,8 @@ def test_number_of_launches() -> None:
     names = ["prologue_kernel", "row_kernel", "reduction_kernel"]
     assert [x.name for x in aot.row_loss(torch.float16, BF16)] == names
     assert [x.name for x in aot.row_loss(BF16, BF16, upstream=torch.ones(4))] == names
+    topk = ["prologue_kernel", "order_kernel", "topk_kernel", "reduction_kernel"]
+    assert [x.name for x in aot.topk_loss(BF16)] == topk
     cosine = ["prologue_kernel", "cosine_kernel", "reduction_kernel"]
     assert [x.name for x in aot.pair("cosine", BF16, BF16)] == cosine
     assert [x.name for x in aot.pair("cosine", torch.float16, BF16)] == [*cosine, "cosine_kernel"]
@@ -181,15 +206,17 @@ def test_number_of_launches() -> None:
     assert grid == []
 
 
-def keys(rows: int, cols: int, numbers: tuple[float, ...], settings: RowSettings) -> list[Any]:
-    """Of every kernel, the row kernel's with plain, capped and scaled logits, and of a teacher by its probabilities."""
+def keys(rows: int, cols: int, numbers: tuple[float, ...], settings: RowSettings, k: int = 50) -> list[Any]:
+    """Of every kernel, the row kernel's with plain and with capped logits, and of a teacher by its probabilities."""
     temperature, soft, _, soft_count, _ = numbers
     x, labels = torch.empty(rows, cols, dtype=BF16), torch.zeros(rows, dtype=torch.int64)
     plain = settings._replace(transforms=(1.0, 0.0, 1.0, 0.0))
     variants = plain, settings, plain._replace(teacher_form="probs")
+    entries = torch.zeros(rows, k, dtype=torch.int64), torch.zeros(rows, k)
     call = aot.record(
         lambda: (
             *(backend.row_loss(x, x, labels, None, None, *numbers, v, gradient="fresh") for v in variants),
+            backend.topk_loss(x, *entries, labels, None, None, *numbers, plain, soft, "bucket", gradient="fresh"),
             backend.softmax(x, temperature, False),
             backend.softmax_backward(x, x, temperature, False),
             backend.pair_loss(x, x, None, soft, soft_count, "cosine", 1.0, "mean", gradient=True),
@@ -200,8 +227,8 @@ def keys(rows: int, cols: int, numbers: tuple[float, ...], settings: RowSettings
 
 
 def test_nothing_is_compiled_again_for_other_numbers() -> None:
-    """Another temperature, weight, count, smoothing, parameter, z-loss, cap, scale, ignore_index, number of rows, or
-    length of rows that have the same launch shape: also 1, and multiples of 16, which Triton specialises unless told
+    """Another temperature, weight, count, smoothing, parameter, z-loss, cap, scale, ignore_index, k, number of
+    rows, or length of rows that have the same launch shape: also 1, and multiples of 16, which Triton specialises unless told
     not to."""
     settings = RowSettings(-100, "alpha_beta", (0.5, 0.2), True, 0.1, 0.0, "logits", (1.0, 30.0, 2.0, 0.0))
     others = (
@@ -211,11 +238,11 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
         settings._replace(label_smoothing=0, transforms=(0.5, 1, 3, 0)),
     )
     first = keys(7, 30522, (2.0, 0.5, 0.5, -1.0, -1.0), settings)
-    assert len(first) == 15
-    assert len(set(first)) == 11  # the prologue and the reduction of three row losses are the same
+    assert len(first) == 19
+    assert len(set(first)) == 13  # the prologue and the reduction of four row losses are the same
     assert keys(7, 30522, (3.7, 1.0, 16.0, 1.0, 0.0), others[0]) == first
-    assert keys(1, 30522, (1.0, 0.25, 2.0, 32.0, 7.0), others[1]) == first
-    assert keys(64, 32768, (2.0, 0.5, 0.5, -1.0, -1.0), others[2]) == first
+    assert keys(1, 30522, (1.0, 0.25, 2.0, 32.0, 7.0), others[1], 33) == first
+    assert keys(64, 32768, (2.0, 0.5, 0.5, -1.0, -1.0), others[2], 64) == first
     assert keys(5, 50257, (1, 2, 1, 16, 16), others[3]) == first
     assert keys(7, 30522, (2.0, 0.5, 0.5, -1.0, -1.0), settings._replace(divergence="forward_kl")) != first
 
