@@ -196,7 +196,7 @@ MUTANTS = [
     mutant("KL's first order dropped", PAIRS, "select(close, p - q, V(0))", "V(0)"),
     mutant("KL's first order summed in floats", PAIR, "lost = lost + ((whole - (next - back)) + (x - back));", ""),
     mutant("KL by two logarithms where they are close", PAIRS, "abs(x) < V(0.25)", "abs(x) < V(0)"),
-    mutant("a probability of 0 is no exception", PAIRS, "auto none = is_zero(p);", "auto none = is_zero(p) && false;"),
+    mutant("a probability of 0 is no exception", PAIRS, "auto none = is_zero(p);", "auto none = is_zero(p + V(1));"),
     mutant("tiny probabilities count as zero", PAIR_LOSS, "KeepSubnormals keep;", ""),
     mutant(
         "scale dropped from the gradient",

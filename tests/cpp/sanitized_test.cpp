@@ -213,13 +213,14 @@ void all(const Shape& s, int variants) {
   constexpr DType half_or_float[] = {DType::f32, DType::f16, DType::bf16};
   constexpr PairKind kinds[] = {PairKind::cosine, PairKind::squared, PairKind::kl};
   for (int variant = 0; variant < variants; ++variant) {
+    const PairKind kind = kinds[(s.cols + variant / 3) % 3];
     for (DType student : half_or_float)
       for (DType teacher : half_or_float) {
         row_losses<float>(s, student, teacher, variant);
-        for (PairKind kind : kinds) pair_losses<float>(s, student, teacher, kind, variant);
+        pair_losses<float>(s, student, teacher, kind, variant);
       }
     row_losses<double>(s, DType::f64, DType::f64, variant);
-    for (PairKind kind : kinds) pair_losses<double>(s, DType::f64, DType::f64, kind, variant);
+    pair_losses<double>(s, DType::f64, DType::f64, kind, variant);
   }
   for (bool logarithm : {false, true}) {
     for (DType dtype : half_or_float) softmaxes<float>(s, dtype, logarithm);
