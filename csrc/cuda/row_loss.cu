@@ -12,6 +12,7 @@ WeighArgs weigh_args(const CudaRowLoss& call, const RowWeights& out) {
   a.has_soft = c.teacher.data, a.has_hard = c.labels;
   a.mask = c.soft_mask, a.mask_is_bool = c.mask_is_bool;
   a.labels = c.labels, a.ignore_index = c.ignore_index;
+  a.class_weights = static_cast<const float*>(c.class_weights);
   a.temperatures = static_cast<const float*>(c.temperatures);
   a.temperature = {c.temperature, call.temperature};
   a.soft_weight = {c.soft_weight, call.soft_weight}, a.hard_weight = {c.hard_weight, call.hard_weight};
@@ -23,10 +24,34 @@ WeighArgs weigh_args(const CudaRowLoss& call, const RowWeights& out) {
   return a;
 }
 
-RowLossKernel kernel_of(DType dtype, int divergence, bool kept) {
-  if (dtype == DType::f32) return row_loss_kernel_of<float>(divergence, kept);
-  return dtype == DType::f16 ? row_loss_kernel_of<Half>(divergence, kept)
-                             : row_loss_kernel_of<BFloat16>(divergence, kept);
+RowLossKernel kernel_of(DType dtype, int divergence, Kind kind) {
+  if (dtype == DType::f32) return row_loss_kernel_of<float>(divergence, kind);
+  return dtype == DType::f16 ? row_loss_kernel_of<Half>(divergence, kind)
+                             : row_loss_kernel_of<BFloat16>(divergence, kind);
+}
+
+bool same(const Transform& t) { return t.scale == 1.0 && t.cap == 0.0; }
+
+RowLossArgs row_args(const CudaRowLoss& call, const RowWeights& weights) {
+  const RowLoss& c = call.numbers;
+  RowLossArgs a;
+  a.rows = static_cast<int>(c.outer * c.inner), a.inner = c.inner, a.cols = c.cols;
+  a.student = c.student, a.teacher = c.teacher, a.grad = c.grad, a.labels = c.labels;
+  a.values.weights = weights;
+  if (c.reduction == Reduction::none) {
+    a.values.loss = static_cast<float*>(c.loss);
+    a.values.soft = static_cast<float*>(c.soft);
+    a.values.hard = static_cast<float*>(c.hard);
+  }
+  a.unit = c.grad.data && c.grad.dtype == DType::f16 ? call.unit : nullptr;
+  a.label_smoothing = static_cast<float>(c.label_smoothing), a.z_loss = static_cast<float>(c.z_loss);
+  a.parameters[0] = c.parameters[0], a.parameters[1] = c.parameters[1];
+  a.student_form = form_of(c.student_transform, TeacherForm::logits);
+  a.teacher_form = form_of(c.teacher_transform, c.teacher_form);
+  a.divergence = c.divergence, a.centred = centred_of[c.divergence];
+  if (c.teacher.data && c.teacher_form != TeacherForm::logits) a.mass = weights.mass;
+  a.mass_limit = c.teacher.dtype == DType::f32 ? 1.001f : 1.01f;
+  return a;
 }
 
 const char* launch(const CudaRowLoss& call) {
@@ -35,33 +60,25 @@ const char* launch(const CudaRowLoss& call) {
   const RowWeights weights = RowWeights::at(call.workspace, rows);
   if (const char* error = launch_weights(weigh_args(call, weights), call.stream)) return error;
 
-  const bool none = c.reduction == Reduction::none;
-  RowLossArgs a;
-  a.rows = static_cast<int>(rows), a.inner = c.inner, a.cols = c.cols;
-  a.student = c.student, a.teacher = c.teacher, a.grad = c.grad, a.labels = c.labels;
-  a.values.weights = weights;
-  if (none) {
-    a.values.loss = static_cast<float*>(c.loss);
-    a.values.soft = static_cast<float*>(c.soft);
-    a.values.hard = static_cast<float*>(c.hard);
-  }
-  a.unit = c.grad.data && c.grad.dtype == DType::f16 ? call.unit : nullptr;
-  a.label_smoothing = static_cast<float>(c.label_smoothing), a.parameters[0] = c.parameters[0],
-  a.parameters[1] = c.parameters[1];
-
+  const RowLossArgs a = row_args(call, weights);
   hw::Device device;
   if (const char* error = hw::device(&device)) return error;
   const int size = size_of(c.student.dtype), second = c.teacher.data ? size_of(c.teacher.dtype) : 0;
+  const bool plain = same(c.student_transform) && same(c.teacher_transform) && c.teacher_form == TeacherForm::logits;
   Plan plan;
-  bool kept = !c.teacher.data || c.teacher.dtype == c.student.dtype;
+  bool kept = plain && (!c.teacher.data || c.teacher.dtype == c.student.dtype);
   const int columns = kept_columns_of[c.divergence];
   kept = kept && plan_rows(device, c.cols, 16 / size, size, second, columns, call.stream, &plan);
   if (!kept) plan_rows(device, c.cols, 16 / size, size, second, 0, call.stream, &plan);
-  if (const char* error = launch_rows(kernel_of(c.student.dtype, c.divergence, kept), plan, a)) return error;
-  if (none) return nullptr;
-  const TotalArgs total{rows, weights, static_cast<float*>(c.loss), static_cast<float*>(c.soft),
-                        static_cast<float*>(c.hard)};
-  return launch_total(total, call.stream);
+  const Kind kind = kept ? Kind::kept : plain && has_again(c.divergence) ? Kind::again : Kind::any;
+  if (const char* error = launch_rows(kernel_of(c.student.dtype, c.divergence, kind), plan, a)) return error;
+  TotalArgs total{rows, weights};
+  if (a.mass) total.mass = a.mass, total.fault = call.fault;
+  if (c.reduction != Reduction::none) {
+    total.loss = static_cast<float*>(c.loss), total.soft = static_cast<float*>(c.soft);
+    total.hard = static_cast<float*>(c.hard);
+  }
+  return total.loss || total.mass ? launch_total(total, call.stream) : nullptr;
 }
 
 }  // namespace

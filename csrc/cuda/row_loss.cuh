@@ -2,17 +2,34 @@
 // reading of memory. A cluster takes a row: maxima, sums of exponentials, the divergence, the gradient: four sweeps over
 // logits that lie in shared memory, three of them followed by a total over the cluster. Where a thread has few enough
 // columns (`kept`), exponentials and g stay in its registers; otherwise they are computed again. The twin of
-// cpu/row_loss.cpp; knows no formula of a divergence. Next: weights.cuh, stage.cuh; docs/math.md for the derivation.
+// cpu/row_loss.cpp; knows no formula of a divergence. Next: form.cuh, stage.cuh; docs/math.md for the derivation.
 #pragma once
 
+#include "form.cuh"
 #include "stage.cuh"
 #include "weights.cuh"
 
 namespace distil_fast::cuda {
 
-// Columns that a thread keeps: what the registers hold, and a centred divergence needs more of them for itself.
+// kept and again: of logits as they are, of one divergence. any: computes again, any form of both models and any
+// divergence, chosen at run time.
+enum class Kind { kept, again, any };
+
+// Columns that a thread keeps: what the registers hold beside what a divergence needs for itself, by ptxas's count.
 template <class D>
-constexpr int kept_columns = D::centred ? 16 : 32;
+constexpr int kept_columns = D::centred ? 16 : 24;
+template <>
+inline constexpr int kept_columns<ForwardKL> = 32;
+template <>
+inline constexpr int kept_columns<JensenShannon> = 32;
+
+#define DISTIL_FAST_DIVERGENCE_INDEX(name, D) name,
+enum class DivergenceIndex { DISTIL_FAST_DIVERGENCES(DISTIL_FAST_DIVERGENCE_INDEX) };
+
+// Stands for the divergence of a kernel that serves all of them.
+struct AnyDivergence {
+  static constexpr bool centred = true;
+};
 
 struct RowLossArgs {
   int rows = 0, inner = 0, cols = 0;
@@ -20,32 +37,35 @@ struct RowLossArgs {
   const int64_t* labels = nullptr;
   RowValues values;
   const float* unit = nullptr;
-  float label_smoothing = 0.0f;
+  float label_smoothing = 0.0f, z_loss = 0.0f;
   double parameters[2] = {0.0, 0.0};
+  Form student_form, teacher_form;  // of Kind::any, as the rest:
+  int divergence = 0;
+  bool centred = false;     // the divergence
+  float mass_limit = 0.0f;  // a row of probabilities sums to no more
+  float* mass = nullptr;    // out [rows]: the sum of a row at fault, else 0; null: the teacher has logits
   Stages stages;
 };
-
-// What fp32 rounds off in a - b = d (Knuth's TwoSum); an infinite d has lost nothing.
-DISTIL_FAST_DEVICE float lost_in(float a, float b, float d) {
-  const float back = d - a, lost = (a - (d - back)) - (b + back);
-  return lost == lost ? lost : 0.0f;
-}
 
 // What all threads know of the row at hand.
 struct RowScalars {
   bool soft, hard;     // which terms it has
-  float by_t;          // 1 / T
+  float t, by_t;       // T; 1 / T
   float top_s, top_t;  // maxima
   float apart, rho;    // distance taken off s - t; lse_s - lse_t without it
   float to_p, to_q;    // 1 / sums of exponentials
-  float z_h, rest;     // the student's at temperature 1, and without the label's
+  float of_h;          // the hard term's gradient, by exponential at temperature 1; at the label: at_label
+  float at_label;      // what 1 is taken off there, so that nothing cancels
   float centre;        // for a centred divergence
+  float mass;          // of a teacher that has probabilities
   int label;           // its value in the slice's groups; -1: it is in another slice, or there is none
 };
 
-template <class S, class D, bool kept>
+template <class S, class D, Kind kind>
 class RowLossBody {
+  static constexpr bool kept = kind == Kind::kept;
   static constexpr int W = group_size<S>, K = kept ? kept_columns<D> / W : 1;
+  using Forms = std::conditional_t<kind == Kind::any, Formed, Plain>;
   using Student = std::conditional_t<kept, Staged<S, W>, Source<S, W>>;
   using Teacher = std::conditional_t<kept, Staged<S, W>, Source<void, W>>;
 
@@ -70,16 +90,19 @@ class RowLossBody {
     const bool soft = weights.soft[row] != 0.0f, hard = weights.hard[row] != 0.0f;
     if (!soft && !hard) {
       if (leads()) a_.values.put_hard(row, 0.0f), a_.values.put_soft(row, 0.0f);
+      if (kind == Kind::any && a_.mass && leads()) a_.mass[row] = 0.0f;
       if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
       return;
     }
     const Student student(first, slice);
     const Teacher teacher = teacher_at(second, slice);
     Kept memory;
+    if (kind == Kind::any && a_.mass && leads()) a_.mass[row] = 0.0f;
     RowScalars r = scalars(row, slice, soft, hard);
 
-    maxima(slice, student, teacher, r, team);
-    exponentials(row, slice, student, teacher, r, memory, team);
+    const float flaw = maxima(slice, student, teacher, r, team);
+    exponentials(row, slice, student, teacher, flaw, r, memory, team);
+    if (kind == Kind::any && r.soft && a_.mass && !(r.mass <= a_.mass_limit)) return refuse(row, slice, r.mass);
     float f_and_g[2] = {0.0f, 0.0f};
     if (r.soft) diverge(slice, student, teacher, r, memory, f_and_g, team);
     if (leads()) a_.values.put_soft(row, f_and_g[0]);
@@ -107,6 +130,16 @@ class RowLossBody {
     return {const_cast<char*>(at) + slice_of<S>(at, a_.cols).begin * sizeof(S), slice};
   }
 
+  // A row whose teacher is no distribution.
+  DISTIL_FAST_DEVICE void refuse(int row, const Slice& slice, float mass) const {
+    if (leads()) a_.values.put_soft(row, not_a_number), a_.mass[row] = mass;
+    if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
+  }
+
+  DISTIL_FAST_DEVICE Forms forms(const RowScalars& r) const {
+    return Forms(a_.student_form, a_.teacher_form, r.t, r.by_t);
+  }
+
   DISTIL_FAST_DEVICE static bool leads() { return hw::rank() == 0 && hw::thread() == 0; }
 
   // f(group, index of its first value among those kept)
@@ -126,7 +159,7 @@ class RowLossBody {
   DISTIL_FAST_DEVICE RowScalars scalars(int row, const Slice& slice, bool soft, bool hard) const {
     RowScalars r{};
     r.soft = soft, r.hard = hard;
-    r.by_t = soft ? 1.0f / a_.values.weights.temperature[row] : 1.0f;
+    r.t = soft ? a_.values.weights.temperature[row] : 1.0f, r.by_t = 1.0f / r.t;
     r.label = -1;
     if (hard) {
       const int64_t label = a_.labels[row], local = label - slice.begin;
@@ -135,54 +168,62 @@ class RowLossBody {
     return r;
   }
 
-  DISTIL_FAST_DEVICE static void maxima(const Slice& slice, const Student& student, const Teacher& teacher,
-                                        RowScalars& r, Team<float>& team) {
-    float top[2] = {minus_infinity, minus_infinity};
+  // Returns nan where this thread saw a probability that is none, else 0.
+  DISTIL_FAST_DEVICE float maxima(const Slice& slice, const Student& student, const Teacher& teacher, RowScalars& r,
+                                  Team<float>& team) const {
+    const Forms f = forms(r);
+    float top[2] = {minus_infinity, minus_infinity}, flaw = 0.0f;
     each(slice, [&](int g, int) {
       float x[W];
       student.load(slice, g, x);
 #pragma unroll
-      for (int l = 0; l < W; ++l) top[0] = hw::max(top[0], x[l]);
+      for (int l = 0; l < W; ++l) top[0] = hw::max(top[0], f.student(x[l]));
       if (!r.soft) return;
       teacher.load(slice, g, x);
+      if (kind == Kind::any && a_.teacher_form.holds == TeacherForm::probs) {
+        const int i = g * W - slice.shift;
 #pragma unroll
-      for (int l = 0; l < W; ++l) top[1] = hw::max(top[1], x[l]);
+        for (int l = 0; l < W; ++l) flaw = i + l >= 0 && i + l < slice.n && !(x[l] >= 0.0f) ? not_a_number : flaw;
+      }
+#pragma unroll
+      for (int l = 0; l < W; ++l) top[1] = hw::max(top[1], f.teacher(x[l]));
     });
     team.combine<Largest>(top);
     r.top_s = top[0], r.top_t = top[1];
-    const float distance = r.top_s - r.top_t;
+    const float distance = f.tops_apart(r.top_s, r.top_t, 0.0f);
     r.apart = distance > -1e6f && distance < 1e6f ? distance : 0.0f;
+    return flaw;
   }
 
   // s - t - apart with one rounding; of 16-bit logits nothing is rounded off.
-  DISTIL_FAST_DEVICE static float difference(float s, float t, const RowScalars& r) {
-    const float d = s - t;
-    if constexpr (kept && sizeof(S) == 2) return d - r.apart;
-    return (d - r.apart) + lost_in(s, t, d);
+  DISTIL_FAST_DEVICE float difference(float s, float t, const RowScalars& r) const {
+    if constexpr (kept && sizeof(S) == 2) return s - t - r.apart;
+    return forms(r).logits_apart(s, t, r.apart);
   }
 
   // Sums of exponentials, and what they settle; the hard term among it.
   DISTIL_FAST_DEVICE void exponentials(int row, const Slice& slice, const Student& student, const Teacher& teacher,
-                                       RowScalars& r, Kept& memory, Team<float>& team) const {
+                                       float flaw, RowScalars& r, Kept& memory, Team<float>& team) const {
+    const Forms f = forms(r);
     const bool own = r.hard && r.by_t != 1.0f;  // exponentials at temperature 1 are not those at T
-    const float k = log2_e * r.by_t;
+    const float label_value = r.hard ? f.student(logit(row, a_.labels[row])) : 0.0f;  // `write` may destroy it
     // In two levels where there are many: beside a large sum, small terms would lose their digits.
-    const float label_logit = r.hard ? logit(row, a_.labels[row]) : 0.0f;  // `write` may destroy it
-    float sum[5] = {};  // student, teacher, student at temperature 1 without the label, shifted logits, es d
+    float sum[5] = {0.0f, flaw};  // student, teacher, student at temperature 1 without the label, shifted logits, es d
     each(slice, [&](int g, int at) {
       Group x;
       float es[W], group[5] = {};
       float (&part)[5] = kept ? sum : group;
       student.load(slice, g, x.s);
 #pragma unroll
-      for (int l = 0; l < W; ++l) es[l] = hw::exp2((x.s[l] - r.top_s) * k), part[0] += es[l];
+      for (int l = 0; l < W; ++l) es[l] = hw::exp2((f.student(x.s[l]) - r.top_s) * f.student_rate()), part[0] += es[l];
       if (r.soft) {
         teacher.load(slice, g, x.t);
 #pragma unroll
         for (int l = 0; l < W; ++l) {
-          const float et = hw::exp2((x.t[l] - r.top_t) * k);
+          const float et = hw::exp2((f.teacher(x.t[l]) - r.top_t) * f.teacher_rate());
           part[1] += et;
-          if constexpr (D::centred) part[4] += weighted_difference(es[l], x.s[l], x.t[l], r);
+          if constexpr (D::centred)
+            if (kind != Kind::any || a_.centred) part[4] += weighted_difference(es[l], x.s[l], x.t[l], r);
           if constexpr (kept) memory.es[at + l] = es[l], memory.g[at + l] = et;
         }
       } else if constexpr (kept) {
@@ -203,25 +244,27 @@ class RowLossBody {
     });
     if (r.hard && a_.label_smoothing != 0.0f) sum[3] = sum_shifted(slice, student, r);
     team.combine<Sum>(sum);
-    r.to_q = 1.0f / sum[0], r.rest = sum[2];
+    r.to_q = 1.0f / sum[0];
     if (r.soft) {
-      const float distance = r.top_s - r.top_t, left = (distance - r.apart) + lost_in(r.top_s, r.top_t, distance);
+      const float left = f.tops_apart(r.top_s, r.top_t, r.apart);
       r.to_p = 1.0f / sum[1];
       r.rho = hw::log(sum[0] / sum[1]) + left * r.by_t;
       const float mean = sum[4] * r.to_q * r.by_t - r.rho;
       r.centre = mean - mean == 0.0f ? mean : 0.0f;
+      if constexpr (kind == Kind::any) r.mass = sum[1] * hw::exp2(r.top_t * log2_e);
     }
-    r.z_h = r.rest + hw::exp2((label_logit - r.top_s) * log2_e);
-    if (leads()) a_.values.put_hard(row, r.hard ? cross_entropy(r, label_logit - r.top_s, sum[3]) : 0.0f);
+    const float value = hard_term(r, label_value - r.top_s, sum[2], sum[3]);
+    if (leads()) a_.values.put_hard(row, r.hard ? value : 0.0f);
   }
 
   // Exponentials at temperature 1: those at T, or `own` ones.
-  DISTIL_FAST_DEVICE static void at_one(bool own, const float* s, const float* es, const RowScalars& r, float* to) {
+  DISTIL_FAST_DEVICE void at_one(bool own, const float* s, const float* es, const RowScalars& r, float* to) const {
+    const Forms f = forms(r);
 #pragma unroll
     for (int l = 0; l < W; ++l) to[l] = es[l];
     if (!own) return;
 #pragma unroll
-    for (int l = 0; l < W; ++l) to[l] = hw::exp2((s[l] - r.top_s) * log2_e);
+    for (int l = 0; l < W; ++l) to[l] = hw::exp2((f.student(s[l]) - r.top_s) * f.rate_at_one());
   }
 
   DISTIL_FAST_DEVICE static void replace_label(int group, const RowScalars& r, float* values, float value) {
@@ -230,44 +273,63 @@ class RowLossBody {
     for (int l = 0; l < W; ++l) values[l] = l == r.label % W ? value : values[l];
   }
 
-  DISTIL_FAST_DEVICE static float weighted_difference(float es, float s, float t, const RowScalars& r) {
+  DISTIL_FAST_DEVICE float weighted_difference(float es, float s, float t, const RowScalars& r) const {
     return es == 0.0f ? 0.0f : es * difference(s, t, r);
   }
 
   // Of this thread's columns, for label smoothing.
-  DISTIL_FAST_DEVICE static float sum_shifted(const Slice& slice, const Student& student, const RowScalars& r) {
+  DISTIL_FAST_DEVICE float sum_shifted(const Slice& slice, const Student& student, const RowScalars& r) const {
+    const Forms f = forms(r);
     float sum = 0.0f;
     for (int g = hw::thread(); g < slice.groups; g += hw::threads()) {
       float x[W], part = 0.0f;
       student.load(slice, g, x);
       const int i = g * W - slice.shift;
 #pragma unroll
-      for (int l = 0; l < W; ++l) part += i + l >= 0 && i + l < slice.n ? x[l] - r.top_s : 0.0f;
+      for (int l = 0; l < W; ++l) part += i + l >= 0 && i + l < slice.n ? f.student(x[l]) - r.top_s : 0.0f;
       sum += part;
     }
     return sum;
   }
 
-  // f and g of a group; es and g are what is kept, or what is to be.
-  DISTIL_FAST_DEVICE float diverge_group(const Group& x, const RowScalars& r, const float* es, float* g) const {
-    const D divergence{a_.parameters[0], a_.parameters[1], r.centre};
+  // f and g of a group, from log q - log p; es and g are what is kept, or what is to be.
+  template <class Of>
+  DISTIL_FAST_DEVICE float terms_of(const float* apart, const RowScalars& r, const float* es, float* g) const {
+    const Of divergence{a_.parameters[0], a_.parameters[1], r.centre};
     float f = 0.0f;
 #pragma unroll
     for (int l = 0; l < W; ++l) {
-      const float by = hw::fma(difference(x.s[l], x.t[l], r), r.by_t, -r.rho);
-      const Terms<Lane> terms = divergence(Lane(by), Lane(g[l] * r.to_p), Lane(es[l] * r.to_q));
+      const Terms<Lane> terms = divergence(Lane(apart[l]), Lane(g[l] * r.to_p), Lane(es[l] * r.to_q));
       f += terms.f.v;
       g[l] = terms.g.v;
     }
     return f;
   }
 
-  DISTIL_FAST_DEVICE static void again(const Group& x, const RowScalars& r, float* es, float* et) {
-    const float k = log2_e * r.by_t;
+  DISTIL_FAST_DEVICE float diverge_group(const Group& x, const RowScalars& r, const float* es, float* g) const {
+    float apart[W];
+#pragma unroll
+    for (int l = 0; l < W; ++l) apart[l] = hw::fma(difference(x.s[l], x.t[l], r), r.by_t, -r.rho);
+    if constexpr (kind != Kind::any) {
+      return terms_of<D>(apart, r, es, g);
+    } else {
+#define DISTIL_FAST_TERMS_OF(name, Of)          \
+  case static_cast<int>(DivergenceIndex::name): \
+    return terms_of<Of>(apart, r, es, g);
+      switch (a_.divergence) {
+        DISTIL_FAST_DIVERGENCES(DISTIL_FAST_TERMS_OF)
+        default:
+          return not_a_number;
+      }
+    }
+  }
+
+  DISTIL_FAST_DEVICE void again(const Group& x, const RowScalars& r, float* es, float* et) const {
+    const Forms f = forms(r);
 #pragma unroll
     for (int l = 0; l < W; ++l) {
-      es[l] = hw::exp2((x.s[l] - r.top_s) * k);
-      et[l] = r.soft ? hw::exp2((x.t[l] - r.top_t) * k) : 0.0f;
+      es[l] = hw::exp2((f.student(x.s[l]) - r.top_s) * f.student_rate());
+      et[l] = r.soft ? hw::exp2((f.teacher(x.t[l]) - r.top_t) * f.teacher_rate()) : 0.0f;
     }
   }
 
@@ -293,12 +355,19 @@ class RowLossBody {
     return widen(reinterpret_cast<const S*>(row_at(a_.student, row, a_.inner))[column]);
   }
 
-  DISTIL_FAST_DEVICE float cross_entropy(const RowScalars& r, float shifted, float shifted_sum) const {
-    const float own = hw::exp2(shifted * log2_e);
-    const float nll = own > r.rest ? hw::log1p(r.rest / own) : hw::log(r.z_h) - shifted;
-    if (a_.label_smoothing == 0.0f) return nll;
-    const float uniform = hw::log(r.z_h) - shifted_sum / static_cast<float>(a_.cols);
-    return (1.0f - a_.label_smoothing) * nll + a_.label_smoothing * uniform;
+  // Its value, from the label's value relative to the top, and sums without it and of all; and what its gradient needs.
+  DISTIL_FAST_DEVICE float hard_term(RowScalars& r, float label_value, float rest, float shifted_sum) const {
+    const Forms f = forms(r);
+    const float shifted = f.student_logit(label_value), own = hw::exp2(label_value * f.rate_at_one());
+    const float z = rest + own, lse = hw::log(z) + f.student_logit(r.top_s), slope = 2.0f * a_.z_loss * lse;
+    r.of_h = 1.0f / z, r.at_label = -rest / z;
+    if (a_.z_loss != 0.0f) r.of_h = (1.0f + slope) / z, r.at_label = (slope * own - rest) / z;
+    float value = own > rest ? hw::log1p(rest / own) : hw::log(z) - shifted;
+    if (a_.label_smoothing != 0.0f) {
+      const float uniform = hw::log(z) - f.student_logit(shifted_sum) / static_cast<float>(a_.cols);
+      value = (1.0f - a_.label_smoothing) * value + a_.label_smoothing * uniform;
+    }
+    return a_.z_loss != 0.0f ? value + a_.z_loss * lse * lse : value;
   }
 
   // The projection comes first: where g is a multiple of q, nothing is left of it. At the label the hard gradient is
@@ -306,11 +375,12 @@ class RowLossBody {
   DISTIL_FAST_DEVICE void write(int row, const Slice& slice, const Student& student, const Teacher& teacher,
                                 const RowScalars& r, Kept& memory, float g_sum) const {
     const RowWeights& weights = a_.values.weights;
+    const Forms f = forms(r);
     const Sink<S> out = sink(row, slice);
     const float by_unit = a_.unit ? 1.0f / *a_.unit : 1.0f, hard_by = r.hard ? weights.hard[row] * by_unit : 0.0f;
-    const float of_g = weights.soft[row] * by_unit * r.by_t, of_q = -g_sum * r.to_q, of_h = hard_by / r.z_h;
+    const float of_g = weights.soft[row] * by_unit * r.by_t, of_q = -g_sum * r.to_q, of_h = hard_by * r.of_h;
     const float constant = -hard_by * a_.label_smoothing / static_cast<float>(a_.cols);
-    const float at_label = hard_by * (a_.label_smoothing - r.rest / r.z_h) + constant;
+    const float at_label = hard_by * (a_.label_smoothing + r.at_label) + constant;
     const bool own = r.hard && r.by_t != 1.0f;
     each(slice, [&](int g, int at) {
       Group x;
@@ -333,6 +403,10 @@ class RowLossBody {
 #pragma unroll
         for (int l = 0; l < W; ++l) y[l] = hw::fma(of_g, hw::fma(of_q, es[l], of_group[l]), r.hard ? y[l] : 0.0f);
       }
+      if constexpr (kind == Kind::any) {
+#pragma unroll
+        for (int l = 0; l < W; ++l) y[l] = f.back(y[l], x.s[l]);
+      }
       out.store(slice, g, y);
     });
   }
@@ -340,10 +414,10 @@ class RowLossBody {
   const RowLossArgs& a_;
 };
 
-template <class S, class D, bool kept>
+template <class S, class D, Kind kind>
 DISTIL_FAST_KERNEL(row_threads, 1)
 row_loss_kernel(DISTIL_FAST_ARGS(RowLossArgs) args) {
-  RowLossBody<S, D, kept> body(args);
+  RowLossBody<S, D, kind> body(args);
   for_rows<group_size<S>>(body, args.rows, args.stages);
 }
 

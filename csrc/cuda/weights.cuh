@@ -18,16 +18,17 @@ struct Quantity {
 
 // The workspace: two numbers, then vectors of [rows].
 struct RowWeights {
-  static constexpr int vectors = 7, ahead = 4;
+  static constexpr int vectors = 8, ahead = 4;
   float *soft_weight, *hard_weight;              // of the terms
   float *soft, *hard, *soft_share, *hard_share;  // of each row in the gradient, and in the value
   float* temperature;
   float *soft_value, *hard_value;
+  float* mass;  // of a teacher's row that is no distribution, else 0
 
   static RowWeights at(float* workspace, int64_t rows) {
     float* v = workspace + ahead;
-    return {workspace,    workspace + 1, v,           v + rows, v + 2 * rows, v + 3 * rows,
-            v + 4 * rows, v + 5 * rows,  v + 6 * rows};
+    return {workspace,    workspace + 1, v,           v + rows, v + 2 * rows, v + 3 * rows, v + 4 * rows,
+            v + 5 * rows, v + 6 * rows,  v + 7 * rows};
   }
 };
 
@@ -37,7 +38,8 @@ struct WeighArgs {
   const void* mask = nullptr;       // [rows] bool or float; null: every row
   const int64_t* labels = nullptr;  // [rows]
   int64_t ignore_index = 0;
-  const float* temperatures = nullptr;  // [rows]; null: `temperature` for all
+  const float* class_weights = nullptr;  // [cols]: what a row with this label counts; null: 1
+  const float* temperatures = nullptr;   // [rows]; null: `temperature` for all
   Quantity temperature, soft_weight, hard_weight, soft_count, hard_count;
   const float* upstream = nullptr;  // [rows]; null: 1
   const float* norms = nullptr;     // [rows]: what a row's gradient is divided by, for the unit; null: its temperature
@@ -72,7 +74,9 @@ struct RowValues {
 struct TotalArgs {
   int64_t rows = 0;
   RowWeights weights;
-  float *loss = nullptr, *soft = nullptr, *hard = nullptr;  // one each; hard may be null
+  float *loss = nullptr, *soft = nullptr, *hard = nullptr;  // one each; hard may be null; loss null: nothing is reduced
+  const float* mass = nullptr;                              // what the rows found; null: they asked nothing
+  double* fault = nullptr;  // tells of the first such row where the prologue left it empty
 };
 
 // Both launch one kernel and return what kept them from it, or null.
