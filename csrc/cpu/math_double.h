@@ -19,5 +19,6 @@ inline Double expm1_tail(Double x) {
 
 inline Double exp(Double x) { return Double(std::exp(x.v)); }
 inline Double log(Double x) { return Double(std::log(x.v)); }
+inline Double log_and(Double y, Double correction) { return Double(std::log(y.v) + correction.v); }
 inline Double expm1(Double x) { return Double(std::expm1(x.v)); }
 inline Double log1p(Double x) { return Double(std::log1p(x.v)); }

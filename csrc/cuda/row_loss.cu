@@ -19,7 +19,7 @@ WeighArgs weigh_args(const CudaRowLoss& call, const RowWeights& out) {
   a.soft_count = {c.soft_count, call.soft_count}, a.hard_count = {c.hard_count, call.hard_count};
   a.t_squared = c.t_squared, a.mean = c.reduction == Reduction::mean;
   a.upstream = static_cast<const float*>(c.upstream);
-  a.needs_unit = c.grad.data && c.grad.dtype == DType::f16;
+  a.needs_unit = c.grad.data && c.grad.dtype == DType::f16, a.slope = c.student_transform.scale;
   a.out = out, a.unit = call.unit, a.fault = call.fault;
   return a;
 }
@@ -46,11 +46,11 @@ RowLossArgs row_args(const CudaRowLoss& call, const RowWeights& weights) {
   a.unit = c.grad.data && c.grad.dtype == DType::f16 ? call.unit : nullptr;
   a.label_smoothing = static_cast<float>(c.label_smoothing), a.z_loss = static_cast<float>(c.z_loss);
   a.parameters[0] = c.parameters[0], a.parameters[1] = c.parameters[1];
-  a.student_form = form_of(c.student_transform, TeacherForm::logits);
-  a.teacher_form = form_of(c.teacher_transform, c.teacher_form);
-  a.divergence = c.divergence, a.centred = centred_of[c.divergence];
-  if (c.teacher.data && c.teacher_form != TeacherForm::logits) a.mass = weights.mass;
-  a.mass_limit = c.teacher.dtype == DType::f32 ? 1.001f : 1.01f;
+  a.any.student = form_of(c.student_transform, TeacherForm::logits);
+  a.any.teacher = form_of(c.teacher_transform, c.teacher_form);
+  a.any.divergence = c.divergence, a.any.centred = centred_of[c.divergence];
+  a.any.most = c.teacher.dtype == DType::f32 ? 1.001f : 1.01f;
+  if (c.teacher.data && c.teacher_form != TeacherForm::logits) a.any.mass = weights.mass;
   return a;
 }
 
@@ -73,7 +73,7 @@ const char* launch(const CudaRowLoss& call) {
   const Kind kind = kept ? Kind::kept : plain && has_again(c.divergence) ? Kind::again : Kind::any;
   if (const char* error = launch_rows(kernel_of(c.student.dtype, c.divergence, kind), plan, a)) return error;
   TotalArgs total{rows, weights};
-  if (a.mass) total.mass = a.mass, total.fault = call.fault;
+  if (a.any.mass) total.mass = a.any.mass, total.fault = call.fault;
   if (c.reduction != Reduction::none) {
     total.loss = static_cast<float*>(c.loss), total.soft = static_cast<float*>(c.soft);
     total.hard = static_cast<float*>(c.hard);

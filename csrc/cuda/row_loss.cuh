@@ -2,70 +2,18 @@
 // reading of memory. A cluster takes a row: maxima, sums of exponentials, the divergence, the gradient: four sweeps over
 // logits that lie in shared memory, three of them followed by a total over the cluster. Where a thread has few enough
 // columns (`kept`), exponentials and g stay in its registers; otherwise they are computed again. The twin of
-// cpu/row_loss.cpp; knows no formula of a divergence. Next: form.cuh, stage.cuh; docs/math.md for the derivation.
+// cpu/row_loss.cpp; knows no formula of a divergence. Next: row_call.cuh, stage.cuh; docs/math.md for the derivation.
 #pragma once
 
-#include "form.cuh"
+#include "row_call.cuh"
 #include "stage.cuh"
-#include "weights.cuh"
 
 namespace distil_fast::cuda {
 
-// kept and again: of logits as they are, of one divergence. any: computes again, any form of both models and any
-// divergence, chosen at run time.
-enum class Kind { kept, again, any };
-
-// Columns that a thread keeps: what the registers hold beside what a divergence needs for itself, by ptxas's count.
-template <class D>
-constexpr int kept_columns = D::centred ? 16 : 24;
-template <>
-inline constexpr int kept_columns<ForwardKL> = 32;
-template <>
-inline constexpr int kept_columns<JensenShannon> = 32;
-
-#define DISTIL_FAST_DIVERGENCE_INDEX(name, D) name,
-enum class DivergenceIndex { DISTIL_FAST_DIVERGENCES(DISTIL_FAST_DIVERGENCE_INDEX) };
-
-// Stands for the divergence of a kernel that serves all of them.
-struct AnyDivergence {
-  static constexpr bool centred = true;
-};
-
-struct RowLossArgs {
-  int rows = 0, inner = 0, cols = 0;
-  Matrix student, teacher, grad;
-  const int64_t* labels = nullptr;
-  RowValues values;
-  const float* unit = nullptr;
-  float label_smoothing = 0.0f, z_loss = 0.0f;
-  double parameters[2] = {0.0, 0.0};
-  Form student_form, teacher_form;  // of Kind::any, as the rest:
-  int divergence = 0;
-  bool centred = false;     // the divergence
-  float mass_limit = 0.0f;  // a row of probabilities sums to no more
-  float* mass = nullptr;    // out [rows]: the sum of a row at fault, else 0; null: the teacher has logits
-  Stages stages;
-};
-
-// What all threads know of the row at hand.
-struct RowScalars {
-  bool soft, hard;     // which terms it has
-  float t, by_t;       // T; 1 / T
-  float top_s, top_t;  // maxima
-  float apart, rho;    // distance taken off s - t; lse_s - lse_t without it
-  float to_p, to_q;    // 1 / sums of exponentials
-  float of_h;          // the hard term's gradient, by exponential at temperature 1; at the label: at_label
-  float at_label;      // what 1 is taken off there, so that nothing cancels
-  float centre;        // for a centred divergence
-  float mass;          // of a teacher that has probabilities
-  int label;           // its value in the slice's groups; -1: it is in another slice, or there is none
-};
-
 template <class S, class D, Kind kind>
 class RowLossBody {
-  static constexpr bool kept = kind == Kind::kept;
+  static constexpr bool kept = kind == Kind::kept, any = kind == Kind::any;
   static constexpr int W = group_size<S>, K = kept ? kept_columns<D> / W : 1;
-  using Forms = std::conditional_t<kind == Kind::any, Formed, Plain>;
   using Student = std::conditional_t<kept, Staged<S, W>, Source<S, W>>;
   using Teacher = std::conditional_t<kept, Staged<S, W>, Source<void, W>>;
 
@@ -89,20 +37,24 @@ class RowLossBody {
     const RowWeights& weights = a_.values.weights;
     const bool soft = weights.soft[row] != 0.0f, hard = weights.hard[row] != 0.0f;
     if (!soft && !hard) {
-      if (leads()) a_.values.put_hard(row, 0.0f), a_.values.put_soft(row, 0.0f);
-      if (kind == Kind::any && a_.mass && leads()) a_.mass[row] = 0.0f;
+      if (leads()) a_.values.put_hard(row, 0.0f), a_.values.put_soft(row, 0.0f), put_mass(row, 0.0f);
       if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
       return;
     }
     const Student student(first, slice);
     const Teacher teacher = teacher_at(second, slice);
     Kept memory;
-    if (kind == Kind::any && a_.mass && leads()) a_.mass[row] = 0.0f;
     RowScalars r = scalars(row, slice, soft, hard);
 
-    const float flaw = maxima(slice, student, teacher, r, team);
-    exponentials(row, slice, student, teacher, flaw, r, memory, team);
-    if (kind == Kind::any && r.soft && a_.mass && !(r.mass <= a_.mass_limit)) return refuse(row, slice, r.mass);
+    maxima(slice, student, teacher, r, team);
+    exponentials(row, slice, student, teacher, r, memory, team);
+    const bool refused = any && r.soft && a_.any.mass && !(r.mass <= a_.any.most);
+    if (leads()) put_mass(row, refused ? r.mass : 0.0f);
+    if (refused) {
+      if (leads()) a_.values.put_soft(row, not_a_number);
+      if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
+      return;
+    }
     float f_and_g[2] = {0.0f, 0.0f};
     if (r.soft) diverge(slice, student, teacher, r, memory, f_and_g, team);
     if (leads()) a_.values.put_soft(row, f_and_g[0]);
@@ -130,14 +82,31 @@ class RowLossBody {
     return {const_cast<char*>(at) + slice_of<S>(at, a_.cols).begin * sizeof(S), slice};
   }
 
-  // A row whose teacher is no distribution.
-  DISTIL_FAST_DEVICE void refuse(int row, const Slice& slice, float mass) const {
-    if (leads()) a_.values.put_soft(row, not_a_number), a_.mass[row] = mass;
-    if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
+  DISTIL_FAST_DEVICE void put_mass(int row, float mass) const {
+    if (any && a_.any.mass) a_.any.mass[row] = mass;
   }
 
-  DISTIL_FAST_DEVICE Forms forms(const RowScalars& r) const {
-    return Forms(a_.student_form, a_.teacher_form, r.t, r.by_t);
+  DISTIL_FAST_DEVICE static bool is_column(const Slice& slice, int group, int l) {
+    const int i = group * W + l - slice.shift;
+    return i >= 0 && i < slice.n;
+  }
+
+  // A group as logits.
+  DISTIL_FAST_DEVICE void load(const Slice& slice, const Student& student, int group, float* to) const {
+    student.load(slice, group, to);
+    if constexpr (any) {
+#pragma unroll
+      for (int l = 0; l < W; ++l) to[l] = transformed(to[l], a_.any.student);
+    }
+  }
+  DISTIL_FAST_DEVICE void load(const Slice& slice, const Teacher& teacher, const RowScalars& r, int group,
+                               float* to) const {
+    teacher.load(slice, group, to);
+    if constexpr (any) {
+#pragma unroll
+      for (int l = 0; l < W; ++l)
+        to[l] = is_column(slice, group, l) ? teacher_logit(to[l], a_.any.teacher, r.t) : minus_infinity;
+    }
   }
 
   DISTIL_FAST_DEVICE static bool leads() { return hw::rank() == 0 && hw::thread() == 0; }
@@ -168,62 +137,54 @@ class RowLossBody {
     return r;
   }
 
-  // Returns nan where this thread saw a probability that is none, else 0.
-  DISTIL_FAST_DEVICE float maxima(const Slice& slice, const Student& student, const Teacher& teacher, RowScalars& r,
-                                  Team<float>& team) const {
-    const Forms f = forms(r);
-    float top[2] = {minus_infinity, minus_infinity}, flaw = 0.0f;
+  DISTIL_FAST_DEVICE void maxima(const Slice& slice, const Student& student, const Teacher& teacher, RowScalars& r,
+                                 Team<float>& team) const {
+    float top[2] = {minus_infinity, minus_infinity};
     each(slice, [&](int g, int) {
       float x[W];
-      student.load(slice, g, x);
+      load(slice, student, g, x);
 #pragma unroll
-      for (int l = 0; l < W; ++l) top[0] = hw::max(top[0], f.student(x[l]));
+      for (int l = 0; l < W; ++l) top[0] = hw::max(top[0], x[l]);
       if (!r.soft) return;
-      teacher.load(slice, g, x);
-      if (kind == Kind::any && a_.teacher_form.holds == TeacherForm::probs) {
-        const int i = g * W - slice.shift;
+      load(slice, teacher, r, g, x);
 #pragma unroll
-        for (int l = 0; l < W; ++l) flaw = i + l >= 0 && i + l < slice.n && !(x[l] >= 0.0f) ? not_a_number : flaw;
-      }
-#pragma unroll
-      for (int l = 0; l < W; ++l) top[1] = hw::max(top[1], f.teacher(x[l]));
+      for (int l = 0; l < W; ++l) top[1] = hw::max(top[1], x[l]);
     });
     team.combine<Largest>(top);
     r.top_s = top[0], r.top_t = top[1];
-    const float distance = f.tops_apart(r.top_s, r.top_t, 0.0f);
+    const float distance = r.top_s - r.top_t;
     r.apart = distance > -1e6f && distance < 1e6f ? distance : 0.0f;
-    return flaw;
   }
 
   // s - t - apart with one rounding; of 16-bit logits nothing is rounded off.
-  DISTIL_FAST_DEVICE float difference(float s, float t, const RowScalars& r) const {
-    if constexpr (kept && sizeof(S) == 2) return s - t - r.apart;
-    return forms(r).logits_apart(s, t, r.apart);
+  DISTIL_FAST_DEVICE static float difference(float s, float t, const RowScalars& r) {
+    const float d = s - t;
+    if constexpr (kept && sizeof(S) == 2) return d - r.apart;
+    return (d - r.apart) + lost_in(s, t, d);
   }
 
   // Sums of exponentials, and what they settle; the hard term among it.
   DISTIL_FAST_DEVICE void exponentials(int row, const Slice& slice, const Student& student, const Teacher& teacher,
-                                       float flaw, RowScalars& r, Kept& memory, Team<float>& team) const {
-    const Forms f = forms(r);
+                                       RowScalars& r, Kept& memory, Team<float>& team) const {
     const bool own = r.hard && r.by_t != 1.0f;  // exponentials at temperature 1 are not those at T
-    const float label_value = r.hard ? f.student(logit(row, a_.labels[row])) : 0.0f;  // `write` may destroy it
+    const float k = log2_e * r.by_t;
     // In two levels where there are many: beside a large sum, small terms would lose their digits.
-    float sum[5] = {0.0f, flaw};  // student, teacher, student at temperature 1 without the label, shifted logits, es d
+    const float label_logit = r.hard ? logit(row, a_.labels[row]) : 0.0f;  // `write` may destroy it
+    float sum[5] = {};  // student, teacher, student at temperature 1 without the label, shifted logits, es d
     each(slice, [&](int g, int at) {
       Group x;
       float es[W], group[5] = {};
       float (&part)[5] = kept ? sum : group;
-      student.load(slice, g, x.s);
+      load(slice, student, g, x.s);
 #pragma unroll
-      for (int l = 0; l < W; ++l) es[l] = hw::exp2((f.student(x.s[l]) - r.top_s) * f.student_rate()), part[0] += es[l];
+      for (int l = 0; l < W; ++l) es[l] = hw::exp2((x.s[l] - r.top_s) * k), part[0] += es[l];
       if (r.soft) {
-        teacher.load(slice, g, x.t);
+        load(slice, teacher, r, g, x.t);
 #pragma unroll
         for (int l = 0; l < W; ++l) {
-          const float et = hw::exp2((f.teacher(x.t[l]) - r.top_t) * f.teacher_rate());
+          const float et = hw::exp2((x.t[l] - r.top_t) * k);
           part[1] += et;
-          if constexpr (D::centred)
-            if (kind != Kind::any || a_.centred) part[4] += weighted_difference(es[l], x.s[l], x.t[l], r);
+          if (D::centred && (!any || a_.any.centred)) part[4] += weighted_difference(es[l], x.s[l], x.t[l], r);
           if constexpr (kept) memory.es[at + l] = es[l], memory.g[at + l] = et;
         }
       } else if constexpr (kept) {
@@ -246,25 +207,24 @@ class RowLossBody {
     team.combine<Sum>(sum);
     r.to_q = 1.0f / sum[0];
     if (r.soft) {
-      const float left = f.tops_apart(r.top_s, r.top_t, r.apart);
+      const float distance = r.top_s - r.top_t, left = (distance - r.apart) + lost_in(r.top_s, r.top_t, distance);
       r.to_p = 1.0f / sum[1];
       r.rho = hw::log(sum[0] / sum[1]) + left * r.by_t;
       const float mean = sum[4] * r.to_q * r.by_t - r.rho;
       r.centre = mean - mean == 0.0f ? mean : 0.0f;
-      if constexpr (kind == Kind::any) r.mass = sum[1] * hw::exp2(r.top_t * log2_e);
+      r.mass = sum[1] * hw::exp2(r.top_t * k);
     }
-    const float value = hard_term(r, label_value - r.top_s, sum[2], sum[3]);
+    const float value = hard_term(r, label_logit - r.top_s, sum[2], sum[3]);
     if (leads()) a_.values.put_hard(row, r.hard ? value : 0.0f);
   }
 
   // Exponentials at temperature 1: those at T, or `own` ones.
-  DISTIL_FAST_DEVICE void at_one(bool own, const float* s, const float* es, const RowScalars& r, float* to) const {
-    const Forms f = forms(r);
+  DISTIL_FAST_DEVICE static void at_one(bool own, const float* s, const float* es, const RowScalars& r, float* to) {
 #pragma unroll
     for (int l = 0; l < W; ++l) to[l] = es[l];
     if (!own) return;
 #pragma unroll
-    for (int l = 0; l < W; ++l) to[l] = hw::exp2((f.student(s[l]) - r.top_s) * f.rate_at_one());
+    for (int l = 0; l < W; ++l) to[l] = hw::exp2((s[l] - r.top_s) * log2_e);
   }
 
   DISTIL_FAST_DEVICE static void replace_label(int group, const RowScalars& r, float* values, float value) {
@@ -273,20 +233,18 @@ class RowLossBody {
     for (int l = 0; l < W; ++l) values[l] = l == r.label % W ? value : values[l];
   }
 
-  DISTIL_FAST_DEVICE float weighted_difference(float es, float s, float t, const RowScalars& r) const {
+  DISTIL_FAST_DEVICE static float weighted_difference(float es, float s, float t, const RowScalars& r) {
     return es == 0.0f ? 0.0f : es * difference(s, t, r);
   }
 
   // Of this thread's columns, for label smoothing.
   DISTIL_FAST_DEVICE float sum_shifted(const Slice& slice, const Student& student, const RowScalars& r) const {
-    const Forms f = forms(r);
     float sum = 0.0f;
     for (int g = hw::thread(); g < slice.groups; g += hw::threads()) {
       float x[W], part = 0.0f;
-      student.load(slice, g, x);
-      const int i = g * W - slice.shift;
+      load(slice, student, g, x);
 #pragma unroll
-      for (int l = 0; l < W; ++l) part += i + l >= 0 && i + l < slice.n ? f.student(x[l]) - r.top_s : 0.0f;
+      for (int l = 0; l < W; ++l) part += is_column(slice, g, l) ? x[l] - r.top_s : 0.0f;
       sum += part;
     }
     return sum;
@@ -310,13 +268,13 @@ class RowLossBody {
     float apart[W];
 #pragma unroll
     for (int l = 0; l < W; ++l) apart[l] = hw::fma(difference(x.s[l], x.t[l], r), r.by_t, -r.rho);
-    if constexpr (kind != Kind::any) {
+    if constexpr (!any) {
       return terms_of<D>(apart, r, es, g);
     } else {
 #define DISTIL_FAST_TERMS_OF(name, Of)          \
   case static_cast<int>(DivergenceIndex::name): \
     return terms_of<Of>(apart, r, es, g);
-      switch (a_.divergence) {
+      switch (a_.any.divergence) {
         DISTIL_FAST_DIVERGENCES(DISTIL_FAST_TERMS_OF)
         default:
           return not_a_number;
@@ -324,12 +282,12 @@ class RowLossBody {
     }
   }
 
-  DISTIL_FAST_DEVICE void again(const Group& x, const RowScalars& r, float* es, float* et) const {
-    const Forms f = forms(r);
+  DISTIL_FAST_DEVICE static void again(const Group& x, const RowScalars& r, float* es, float* et) {
+    const float k = log2_e * r.by_t;
 #pragma unroll
     for (int l = 0; l < W; ++l) {
-      es[l] = hw::exp2((f.student(x.s[l]) - r.top_s) * f.student_rate());
-      et[l] = r.soft ? hw::exp2((f.teacher(x.t[l]) - r.top_t) * f.teacher_rate()) : 0.0f;
+      es[l] = hw::exp2((x.s[l] - r.top_s) * k);
+      et[l] = r.soft ? hw::exp2((x.t[l] - r.top_t) * k) : 0.0f;
     }
   }
 
@@ -338,8 +296,8 @@ class RowLossBody {
     each(slice, [&](int g, int at) {
       Group x;
       float here[2][W];
-      student.load(slice, g, x.s);
-      teacher.load(slice, g, x.t);
+      load(slice, student, g, x.s);
+      load(slice, teacher, r, g, x.t);
       if constexpr (!kept) again(x, r, here[0], here[1]);
       float* of_g = kept ? memory.g + at : here[1];
       sum[0] += diverge_group(x, r, kept ? memory.es + at : here[0], of_g);
@@ -352,22 +310,22 @@ class RowLossBody {
   }
 
   DISTIL_FAST_DEVICE float logit(int row, int64_t column) const {
-    return widen(reinterpret_cast<const S*>(row_at(a_.student, row, a_.inner))[column]);
+    const float x = widen(reinterpret_cast<const S*>(row_at(a_.student, row, a_.inner))[column]);
+    return any ? transformed(x, a_.any.student) : x;
   }
 
-  // Its value, from the label's value relative to the top, and sums without it and of all; and what its gradient needs.
-  DISTIL_FAST_DEVICE float hard_term(RowScalars& r, float label_value, float rest, float shifted_sum) const {
-    const Forms f = forms(r);
-    const float shifted = f.student_logit(label_value), own = hw::exp2(label_value * f.rate_at_one());
-    const float z = rest + own, lse = hw::log(z) + f.student_logit(r.top_s), slope = 2.0f * a_.z_loss * lse;
-    r.of_h = 1.0f / z, r.at_label = -rest / z;
-    if (a_.z_loss != 0.0f) r.of_h = (1.0f + slope) / z, r.at_label = (slope * own - rest) / z;
-    float value = own > rest ? hw::log1p(rest / own) : hw::log(z) - shifted;
+  // Its value, and what its gradient needs, from the label's logit relative to the top, the sum of the others'
+  // exponentials, and the sum of all logits relative to the top.
+  DISTIL_FAST_DEVICE float hard_term(RowScalars& r, float shifted, float rest, float shifted_sum) const {
+    const float own = hw::exp2(shifted * log2_e), z = rest + own, log_z = hw::log(z), lse = log_z + r.top_s;
+    const float slope = a_.z_loss == 0.0f ? 0.0f : 2.0f * a_.z_loss * lse;
+    r.of_h = (1.0f + slope) / z, r.at_label = (slope * own - rest) / z;
+    float value = own > rest ? hw::log1p(rest / own) : log_z - shifted;
     if (a_.label_smoothing != 0.0f) {
-      const float uniform = hw::log(z) - f.student_logit(shifted_sum) / static_cast<float>(a_.cols);
+      const float uniform = log_z - shifted_sum / static_cast<float>(a_.cols);
       value = (1.0f - a_.label_smoothing) * value + a_.label_smoothing * uniform;
     }
-    return a_.z_loss != 0.0f ? value + a_.z_loss * lse * lse : value;
+    return a_.z_loss == 0.0f ? value : value + a_.z_loss * lse * lse;
   }
 
   // The projection comes first: where g is a multiple of q, nothing is left of it. At the label the hard gradient is
@@ -375,7 +333,6 @@ class RowLossBody {
   DISTIL_FAST_DEVICE void write(int row, const Slice& slice, const Student& student, const Teacher& teacher,
                                 const RowScalars& r, Kept& memory, float g_sum) const {
     const RowWeights& weights = a_.values.weights;
-    const Forms f = forms(r);
     const Sink<S> out = sink(row, slice);
     const float by_unit = a_.unit ? 1.0f / *a_.unit : 1.0f, hard_by = r.hard ? weights.hard[row] * by_unit : 0.0f;
     const float of_g = weights.soft[row] * by_unit * r.by_t, of_q = -g_sum * r.to_q, of_h = hard_by * r.of_h;
@@ -385,9 +342,9 @@ class RowLossBody {
     each(slice, [&](int g, int at) {
       Group x;
       float here[2][W], y[W];
-      if (!kept || own) student.load(slice, g, x.s);
+      if (!kept || own) load(slice, student, g, x.s);
       if constexpr (!kept) {
-        if (r.soft) teacher.load(slice, g, x.t);
+        if (r.soft) load(slice, teacher, r, g, x.t);
         again(x, r, here[0], here[1]);
         if (r.soft) diverge_group(x, r, here[0], here[1]);
       }
@@ -403,9 +360,10 @@ class RowLossBody {
 #pragma unroll
         for (int l = 0; l < W; ++l) y[l] = hw::fma(of_g, hw::fma(of_q, es[l], of_group[l]), r.hard ? y[l] : 0.0f);
       }
-      if constexpr (kind == Kind::any) {
+      if constexpr (any) {
+        student.load(slice, g, x.s);
 #pragma unroll
-        for (int l = 0; l < W; ++l) y[l] = f.back(y[l], x.s[l]);
+        for (int l = 0; l < W; ++l) y[l] = before_transform(y[l], x.s[l], a_.any.student);
       }
       out.store(slice, g, y);
     });

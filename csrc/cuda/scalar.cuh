@@ -45,6 +45,7 @@ DISTIL_FAST_DEVICE Lane expm1(Lane a) {
 }
 DISTIL_FAST_DEVICE Lane exp(Lane a) { return Lane(hw::exp2(a.v * log2_e)); }
 DISTIL_FAST_DEVICE Lane log(Lane a) { return Lane(hw::log(a.v)); }
+DISTIL_FAST_DEVICE Lane log_and(Lane a, Lane correction) { return log(a) + correction; }  // what a's rounding lost
 DISTIL_FAST_DEVICE Lane log1p(Lane a) { return Lane(hw::log1p(a.v)); }
 
 // ---- dtypes

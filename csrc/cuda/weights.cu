@@ -132,7 +132,7 @@ DISTIL_FAST_KERNEL(weigh_threads, 1) weigh_kernel(DISTIL_FAST_ARGS(WeighArgs) a)
   if (hw::thread() != 0) return;
   *a.out.soft_weight = static_cast<float>(of_soft);
   *a.out.hard_weight = static_cast<float>(of_hard);
-  if (a.unit) *a.unit = a.needs_unit && !a.upstream ? unit_of(largest[0]) : 1.0f;
+  if (a.unit) *a.unit = a.needs_unit && !a.upstream ? unit_of(largest[0] * a.slope) : 1.0f;
   check.report(first_fault[0]);
 }
 

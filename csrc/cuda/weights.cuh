@@ -44,6 +44,7 @@ struct WeighArgs {
   const float* upstream = nullptr;  // [rows]; null: 1
   const float* norms = nullptr;     // [rows]: what a row's gradient is divided by, for the unit; null: its temperature
   bool needs_unit = false;
+  double slope = 1.0;  // of what the gradient is taken by, for the unit
   RowWeights out;
   float* unit = nullptr;
   double* fault = nullptr;  // [3]: kind, row, value
