@@ -22,7 +22,16 @@ enum class Reduction : int32_t { mean, sum, none };
 
 // What was wrong with the values: no logit is read and nothing is written when a call returns anything but
 // `nothing`.
-enum class FaultKind : int32_t { nothing, label, mask, temperature, class_weight, teacher_mass };
+enum class FaultKind : int32_t {
+  nothing,
+  label,
+  mask,
+  temperature,
+  class_weight,
+  teacher_mass,
+  topk_id,
+  topk_log_prob
+};
 
 struct Fault {
   FaultKind kind = FaultKind::nothing;
@@ -69,6 +78,25 @@ struct RowLoss {
 };
 
 Fault row_loss_cpu(const RowLoss& call);
+
+// What becomes of the mass that a top-k teacher does not name: it is one more outcome, compared with the student's mass
+// on the other columns; both models are renormalised over the k; or the sum over outcomes stops at the k.
+enum class Tail : int32_t { bucket, renormalise, ignore };
+
+// A row loss whose teacher is k columns a row, at the temperature already. At fault, before a logit is read: an id that
+// is neither -1 nor a column, or that stands twice in a row (topk_id, value: the id); a log-probability that is nan or
+// above `tolerance` (topk_log_prob); probabilities that sum to more than 1 + tolerance (teacher_mass).
+struct TopKLoss {
+  RowLoss row;  // `teacher` and what says how to read it are not used
+  int64_t k = 0;
+  const int64_t* ids = nullptr;     // [rows, k]; -1: no entry
+  const void* log_probs = nullptr;  // [rows, k] Real, in the whole distribution; -inf: a probability of 0
+  double tolerance = 1e-3;          // what rounding may add: 1e-2 where the log-probabilities had 16 bits
+  Tail tail = Tail::bucket;
+  double shift = 0.0;  // the divergence's functor adds shift (q - p) to f and shift q to g; `ignore` takes it off again
+};
+
+Fault topk_loss_cpu(const TopKLoss& call);
 
 // grad *= factor, rounded once to grad's dtype.
 struct Rescale {

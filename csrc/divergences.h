@@ -111,21 +111,18 @@ struct SkewedKL {
 };
 
 // KL(q || m), m = alpha q + (1 - alpha) p: f = q (expm1(l) - l) with l = log m - log q,
-// g = q (alpha (1 - q / m) - l), less what the brackets come to where r is `centre`.
+// g = q (alpha (1 - q / m) - l).
 struct SkewedReverseKL {
-  static constexpr bool centred = true;
+  static constexpr bool centred = false;
   double alpha, unused, centre;
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
-    Mixture<V> m = mixture(alpha, V(0) - r), middle = mixture(alpha, V(-centre));
-    V l = m.logarithm, f = select(abs(l) < V(0.5), q * expm1_tail(l), V(1.0 - alpha) * (p - q) - times(q, l));
-    return {f, times(q, brackets(m) - brackets(middle))};
-  }
-  template <class V>
-  DISTIL_FAST_FN V brackets(const Mixture<V>& m) const {
+    V c = V(1.0 - alpha);
+    Mixture<V> m = mixture(alpha, V(0) - r);
     V l = m.logarithm, from_m = m.excess / m.mixed;  // 1 - q / m
-    V near = V(0) - expm1_tail(V(0) - l) - V(1.0 - alpha) * from_m;
-    return select(abs(l) < V(0.5), near, V(alpha) * from_m - l);
+    auto close = abs(l) < V(0.5);
+    V slope = select(close, V(0) - expm1_tail(V(0) - l) - c * from_m, V(alpha) * from_m - l);
+    return {select(close, q * expm1_tail(l), c * (p - q) - times(q, l)), times(q, slope)};
   }
 };
 

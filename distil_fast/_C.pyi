@@ -11,6 +11,8 @@ Result = tuple[int, int, float, float]  # fault's kind (0: none), row and value;
 # ignore_index, divergence, its parameters, t_squared, label_smoothing, z_loss, teacher_form, transforms, reduction
 RowSettings = tuple[int, int, Sequence[float], bool, float, float, int, Sequence[float], int]
 
+TopK = tuple[int, int, int, float, int, float]  # k, ids, log_probs, tolerance, tail, shift
+
 DIVERGENCES: list[str]
 
 class Buffer(BufferProtocol):
@@ -36,6 +38,7 @@ def row_loss(
     loss: int,
     soft: int,
     hard: int,
+    topk: TopK | None,
     /,
 ) -> Result: ...
 def rescale(shape: Shape, grad: Matrix, factor: float, /) -> None: ...

@@ -230,6 +230,39 @@ def check_vocab_size(vocab_size: object, cols: int) -> int:
     return vocab_size
 
 
+def check_topk(ids: object, log_probs: object, tail: str, tails: tuple[str, ...], student: Tensor) -> None:
+    """A top-k teacher against the student's logits [..., V]: ids and log-probabilities [..., k], k >= 1."""
+    if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"TopK.ids: expected a tensor of integers, got {got}. Convert them with .long().")
+    if ids.dim() == 0 or ids.shape[:-1] != student.shape[:-1] or ids.shape[-1] == 0:
+        raise ValueError(
+            f"TopK.ids: expected shape {(*student.shape[:-1], 'k')} with k >= 1, the leading shape of student_logits "
+            f"{tuple(student.shape)}, got {tuple(ids.shape)}. Pad rows of fewer entries with -1."
+        )
+    if not isinstance(log_probs, Tensor) or log_probs.dtype not in DTYPES:
+        got = log_probs.dtype if isinstance(log_probs, Tensor) else type(log_probs).__name__
+        raise TypeError(f"TopK.log_probs: expected a floating-point tensor, got {got}.")
+    if log_probs.shape != ids.shape:
+        raise ValueError(
+            f"TopK.log_probs: expected the shape of TopK.ids {tuple(ids.shape)}, got {tuple(log_probs.shape)}."
+        )
+    if log_probs.dtype == torch.float64 and student.dtype != torch.float64:
+        raise TypeError(
+            f"TopK.log_probs: expected float64 beside float64 only, got it beside {student.dtype}. "
+            "Convert them with .float()."
+        )
+    for name, tensor in (("ids", ids), ("log_probs", log_probs)):
+        if tensor.device != student.device:
+            raise ValueError(
+                f"TopK.{name}: expected student_logits' device {student.device}, got {tensor.device}. "
+                f"Move it with .to({str(student.device)!r})."
+            )
+    _check_constant("TopK.log_probs", log_probs)
+    if tail not in tails:
+        raise ValueError(f"TopK.tail: expected one of {', '.join(tails)}, got {tail!r}.")
+
+
 def check_ignore_index(ignore_index: object) -> int:
     """An integer that a label can be."""
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:

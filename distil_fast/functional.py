@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from distil_fast import backends, checks, ops, reference
-from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS
+from distil_fast import backends, checks, ops, reference, reference_topk
+from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS, TAILS
 from distil_fast.options import row_options
-from distil_fast.reference import Divergence, LossTerms, TripleTerms
-from distil_fast.teachers import LogProbs, Probs, Teacher
+from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
+from distil_fast.teachers import LogProbs, Probs, Teacher, TopK
 
 
-def _backend(values: Tensor, name: str, backend: str | None) -> str:
-    """The name of who serves this call; "reference" is plain torch, the others are kernels."""
+def _backend(values: Tensor, name: str, backend: str | None, plain: str = "") -> str:
+    """The name of who serves this call; "reference" is plain torch, the others are kernels. plain: its name there."""
     chosen = backends.choose(values, backend)
     if (
         chosen != "reference"
@@ -31,7 +31,8 @@ def _backend(values: Tensor, name: str, backend: str | None) -> str:
     ):
         raise NotImplementedError(
             f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
-            f"none: leading dimensions are rows. For these use distil_fast.reference.{name}, which is plain torch."
+            f"none: leading dimensions are rows. For these use distil_fast.{plain or f'reference.{name}'}, "
+            "which is plain torch."
         )
     return chosen
 
@@ -184,17 +185,49 @@ def _row_loss(
         teacher, form = teacher_logits.log_probs, LOG_PROBS
     elif isinstance(teacher_logits, Probs):
         teacher, form = teacher_logits.probs, PROBS
+    elif isinstance(teacher_logits, TopK):
+        return _topk_loss(name, student_logits, teacher_logits, labels, inplace, backend, options)
     if teacher is not None:
         checks.check_pair("logits", student_logits, teacher, options["vocab_size"])
     assert teacher is None or isinstance(teacher, Tensor)
     scalars, settings = row_options(student_logits, student_logits.shape[-1], labels, teacher_form=form, **options)
-    if inplace and settings.reduction == "none":
-        raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
+    _check_inplace(inplace, settings.reduction)
     chosen = _backend(student_logits, name, backend)
     if chosen == "reference":
         return reference.distillation_loss(student_logits, teacher, labels, teacher_form=form, **options)
     vectors = teacher, labels, options["soft_mask"], options["class_weights"]
     return LossTerms(*ops.row_loss(student_logits, *vectors, scalars, settings._replace(backend=chosen), inplace))
+
+
+def _check_inplace(inplace: bool, reduction: str) -> None:
+    if inplace and reduction == "none":
+        raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
+
+
+def _topk_loss(
+    name: str,
+    student_logits: Tensor,
+    teacher: TopK,
+    labels: Tensor | None,
+    inplace: bool,
+    backend: str | None,
+    options: dict[str, Any],
+) -> LossTerms:
+    """`_row_loss` with a teacher of k columns a row."""
+    ids, log_probs, tail = teacher.ids, teacher.log_probs, teacher.tail
+    checks.check_topk(ids, log_probs, tail, TAILS, student_logits)
+    scalars, settings = row_options(
+        student_logits, student_logits.shape[-1], labels, teacher_form="the top k", **options
+    )
+    _check_inplace(inplace, settings.reduction)
+    chosen = _backend(student_logits, name, backend, "reference_topk.topk_loss")
+    if chosen == "reference":
+        options = {name: value for name, value in options.items() if not name.startswith("teacher_")}
+        return reference_topk.topk_loss(student_logits, ids, log_probs, labels, tail=tail, **options)
+    settings = settings._replace(backend=chosen, teacher_form=LOG_PROBS)
+    shift = as_divergence(options["divergence"]).shift
+    vectors = labels, options["soft_mask"], options["class_weights"]
+    return LossTerms(*ops.topk_loss(student_logits, ids, log_probs, *vectors, scalars, settings, shift, tail, inplace))
 
 
 def divergence_loss(

@@ -7,8 +7,9 @@ rounding of any autograd formula. Next: docs/math.md for the derivations, csrc/d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -369,10 +370,10 @@ def _reduce(rows: Tensor, reduction: str) -> Tensor:
     return rows if reduction == "none" else rows.sum()
 
 
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None = None,
+def two_terms(
+    student: Tensor,
+    soft_rows: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    labels: Tensor | None,
     *,
     temperature: Number = 2.0,
     soft_weight: Number = 1.0,
@@ -381,24 +382,17 @@ def distillation_loss(
     soft_count: Number | None = None,
     hard_count: Number | None = None,
     ignore_index: int = -100,
-    divergence: str | Divergence = "forward_kl",
     t_squared: bool = True,
     label_smoothing: float = 0.0,
     class_weights: Tensor | None = None,
     z_loss: float = 0.0,
-    student_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    vocab_size: int | None = None,
-    teacher_form: str = "logits",
     reduction: str = "mean",
 ) -> LossTerms:
-    """`distil_fast.distillation_loss` in plain torch; the arguments mean the same (`inplace` does not exist here).
+    """Soft and hard term of rows of logits: masks, denominators and weights, whatever the soft term is.
 
-    teacher_form says what `teacher_logits` holds: "logits", "log_probs" or "probs".
+    soft_rows(student, used, temperature) is the soft term of each row; `used` says which rows count, and the others'
+    logits are zeros, their temperatures 1.
     """
-    student = _transformed(_working(student_logits)[..., :vocab_size], student_logit_scale, student_softcap or 0.0)
     leading = student.shape[:-1]
     zero = student.new_zeros(leading)
     hard_weight = (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight
@@ -407,20 +401,13 @@ def distillation_loss(
     )
 
     soft, soft_share = zero, zero
-    if teacher_logits is not None:
+    if soft_rows is not None:
         temperature = torch.as_tensor(temperature, dtype=student.dtype, device=student.device).expand(leading)
         rows = zero + 1.0 if soft_mask is None else soft_mask.to(student.dtype)
         soft_share = _share(rows, soft_count, reduction) * (soft_weight != 0)
         used = soft_share != 0
         temperature = torch.where(used, temperature, 1.0)
-        teacher = _used_rows_only(_working(teacher_logits).to(student.dtype)[..., :vocab_size], used)
-        teacher = _transformed(teacher, teacher_logit_scale, teacher_softcap or 0.0)
-        soft = _divergence_rows(
-            _used_rows_only(student, used),
-            _as_logits(teacher, teacher_form, temperature),
-            temperature,
-            as_divergence(divergence),
-        )
+        soft = soft_rows(_used_rows_only(student, used), used, temperature)
         soft_share = soft_share * temperature**2 if t_squared else soft_share
         soft_share = torch.where(used, soft_share, 0.0)
 
@@ -437,6 +424,44 @@ def distillation_loss(
     soft, hard = _times(soft_share, soft), _times(hard_share, hard)
     loss = _reduce(soft_weight * soft + hard_weight * hard, reduction)
     return LossTerms(loss, _reduce(soft, reduction).detach(), _reduce(hard, reduction).detach())
+
+
+def student_rows(logits: Tensor, vocab_size: int | None, scale: float, softcap: float | None) -> Tensor:
+    """The student's logits as both terms see them: cut, scaled and capped, in the precision of the sums."""
+    return _transformed(_working(logits)[..., :vocab_size], scale, softcap or 0.0)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: Number = 2.0,
+    divergence: str | Divergence = "forward_kl",
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    teacher_form: str = "logits",
+    **options: Any,
+) -> LossTerms:
+    """`distil_fast.distillation_loss` in plain torch; the arguments mean the same (`inplace` does not exist here).
+
+    teacher_form says what `teacher_logits` holds: "logits", "log_probs" or "probs".
+    """
+    student = student_rows(student_logits, vocab_size, student_logit_scale, student_softcap)
+    if teacher_logits is None:
+        return two_terms(student, None, labels, **options)
+    given = _working(teacher_logits).to(student.dtype)[..., :vocab_size]
+
+    def soft_rows(student: Tensor, used: Tensor, temperature: Tensor) -> Tensor:
+        teacher = _transformed(_used_rows_only(given, used), teacher_logit_scale, teacher_softcap or 0.0)
+        return _divergence_rows(
+            student, _as_logits(teacher, teacher_form, temperature), temperature, as_divergence(divergence)
+        )
+
+    return two_terms(student, soft_rows, labels, temperature=temperature, **options)
 
 
 def divergence_loss(

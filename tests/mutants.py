@@ -51,7 +51,7 @@ def mutant(name: str, file: str, *replacements: str) -> Mutant:
     return Mutant(name, file, tuple(zip(replacements[::2], replacements[1::2], strict=True)))
 
 
-ROW_LOSS, SWEEPS, DIVERGENCES = "csrc/cpu/row_loss.cpp", "csrc/cpu/sweeps.h", "csrc/divergences.h"
+ROW_LOSS, SWEEPS, DIVERGENCES = "csrc/cpu/row_loss.h", "csrc/cpu/sweeps.h", "csrc/divergences.h"
 SHARES, SOFTMAX, HIDDEN = "csrc/cpu/shares.h", "csrc/cpu/softmax.h", "csrc/cpu/hidden.h"
 NATIVE, OPS, FUNCTIONAL = "distil_fast/backends/native.py", "distil_fast/ops.py", "distil_fast/functional.py"
 

@@ -7,6 +7,7 @@ which makes the calls that are judged here; test_row_loss.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ DIVERGENCES: dict[str, str | reference.Divergence] = {
     **{name: name for name in reference.DIVERGENCES},
     "jsd_0.1": reference.JSD(0.1),
     "jsd_0.9": reference.JSD(0.9),
+}
+EXTREMES: dict[str, reference.Divergence] = {  # parameters near the ends of their ranges
+    "jsd_0.001": reference.JSD(0.001),
     "skewed_kl_0.001": reference.SkewedKL(0.001),
     "skewed_kl_0.999": reference.SkewedKL(0.999),
     "skewed_reverse_kl_0.001": reference.SkewedReverseKL(0.001),
@@ -248,10 +252,10 @@ def _soft_slack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """||(p + q) min(1, |r|)|| and ||p + q|| of each row (without a distribution: 0), and total variation's jumps.
 
-    Two divergences have gradients that do not shrink with r as the others' do, and bounds of their own:
-    total variation's, +-q / 2, jumps where p = q: where r is as small as its own rounding, to either side;
+    Some divergences have bounds of their own, for the reasons in docs/math.md, "Bounds":
+    total variation's gradient, +-q / 2, does not shrink with r, and jumps where r is as small as its own rounding;
     alpha-beta's is r times a power of p, and an error of the partition sums no multiple of q, which the projection
-    would remove.
+    would remove; the skewed ones' roundings are more, and the reverse one's g grows to q log(1 / alpha).
     """
     divergence = reference.as_divergence(settings.get("divergence", "forward_kl"))
     temperature = torch.as_tensor(settings.get("temperature", 2.0)).double()
@@ -269,7 +273,11 @@ def _soft_slack(
     if isinstance(divergence, reference.AlphaBeta):
         power = divergence.alpha + divergence.beta
         powers = ((power * log_p).exp() + (power * log_q).exp()).nan_to_num(0.0)
-        slack = (powers * (1.0 + power / divergence.alpha * r.clamp(max=1.0)) * slope).norm(dim=-1)
+        slack = 2 * (powers * (1.0 + power / divergence.alpha * r.clamp(max=1.0)) * slope).norm(dim=-1)
+    if isinstance(divergence, reference.SkewedKL):
+        slack = 2 * slack
+    if isinstance(divergence, reference.SkewedReverseKL):
+        slack = 2 * (both * r.clamp(max=max(1.0, -math.log(divergence.alpha))) * slope).norm(dim=-1)
     return slack, mass, jumps
 
 

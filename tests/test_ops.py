@@ -17,8 +17,15 @@ import distil_fast
 from distil_fast import reference
 from tests.batch import CALLS, Batch, as_double, assert_close, error, first, make_batch, run, student_field
 
-STORED = ["distillation-mean", "everything-sum", "cosine-mean"]  # the gradient is computed in forward
-RECOMPUTED = ["distillation-none", "everything-none", "cosine-none", "softmax", "log_softmax"]  # in backward
+STORED = ["distillation-mean", "everything-sum", "topk-mean", "cosine-mean"]  # the gradient is computed in forward
+RECOMPUTED = [
+    "distillation-none",
+    "everything-none",
+    "topk-none",
+    "cosine-none",
+    "softmax",
+    "log_softmax",
+]  # in backward
 
 INF, NAN = float("inf"), float("nan")
 
@@ -163,7 +170,7 @@ def test_create_graph_gives_the_gradient_and_a_second_derivative_a_clear_error(n
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["distillation-none", "everything-none", "softmax", "log_softmax", "cosine-none"])
+@pytest.mark.parametrize("name", RECOMPUTED)
 def test_gradcheck(name: str) -> None:
     """Against finite differences, independent of the reference."""
     b = as_double(make_batch(2, 2, cols=5, hidden=4))

@@ -30,6 +30,7 @@ PUBLIC = {"distil_fast", "functional", "hidden", "linear", "modules", "parallel"
 # part -> the parts that it may import; `distil_fast` is the package's face, distil_fast/__init__.py
 ARROWS: dict[str, set[str]] = {
     "reference": set(),
+    "reference_topk": {"reference"},
     "checks": set(),
     "kernels": set(),
     "backends": {"_C", "kernels", "reference"},
@@ -38,7 +39,17 @@ ARROWS: dict[str, set[str]] = {
     "options": {"backends", "checks", "reference"},
     "hidden": {"backends", "checks", "ops", "reference"},
     "linear": {"backends", "checks", "ops", "options", "reference", "teachers"},
-    "functional": {"backends", "checks", "hidden", "linear", "ops", "options", "reference", "teachers"},
+    "functional": {
+        "backends",
+        "checks",
+        "hidden",
+        "linear",
+        "ops",
+        "options",
+        "reference",
+        "reference_topk",
+        "teachers",
+    },
     "parallel": {"backends", "checks", "ops", "options", "reference"},
     "modules": {"functional", "hidden", "linear", "parallel", "reference", "teachers"},
     "distil_fast": {"functional", "hidden", "linear", "modules", "parallel", "reference", "teachers"},

@@ -14,6 +14,7 @@ namespace {
 #include "sweeps.h"
 #include "hidden.h"
 #include "softmax.h"
+#include "topk.h"
 #include "make_table.h"
 }  // namespace
 

@@ -109,12 +109,22 @@ struct HiddenSweeps {
                          double inverse_t, double of_e, double of_u);
 };
 
+template <class Real>
+struct TopKSweeps {
+  static constexpr int D = dtypes<Real>;
+  void (*exponentiate[D][3])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block,
+                             const Ahead& ahead);  // by Hard
+  void (*widen[D])(const void* logits, int64_t n, Real* to);
+  double (*total)(const Real* es, int64_t n);
+};
+
 // All that one instruction set offers for one Real.
 template <class Real>
 struct Table {
   Sweeps<Real> rows;
   SoftmaxSweeps<dtypes<Real>> softmax;
   HiddenSweeps<dtypes<Real>> hidden;
+  TopKSweeps<Real> topk;
   void (*rescale[dtypes<Real>])(void* values, int64_t n, double factor);
 };
 

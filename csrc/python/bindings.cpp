@@ -29,8 +29,10 @@ Result row_loss(const Shape& shape, const MatrixArgs& student, const std::option
                 const std::optional<MatrixArgs>& grad, uintptr_t labels, uintptr_t soft_mask, bool mask_is_bool,
                 uintptr_t class_weights, uintptr_t temperatures, double temperature, double soft_weight,
                 double hard_weight, double soft_count, double hard_count, const RowSettingsArgs& settings,
-                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard) {
-  RowLoss call;
+                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard,
+                const std::optional<TopKArgs>& topk) {
+  TopKLoss with_topk;
+  RowLoss& call = with_topk.row;
   set_shape(call, shape);
   set_settings(call, settings);
   call.student = matrix(student);
@@ -50,10 +52,11 @@ Result row_loss(const Shape& shape, const MatrixArgs& student, const std::option
   call.loss = pointer(loss);
   call.soft = pointer(soft);
   call.hard = pointer(hard);
+  if (topk) set_topk(with_topk, *topk);
   py::gil_scoped_release release;
   double unit = 1.0;
   call.unit = &unit;
-  const Fault fault = row_loss_cpu(call);
+  const Fault fault = topk ? topk_loss_cpu(with_topk) : row_loss_cpu(call);
   return result(fault, unit);
 }
 
