@@ -37,11 +37,13 @@ class Case(NamedTuple):
     truth: oracle.Truth
 
 
-def entries(teacher: Tensor, k: int, temperature: float, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
+def entries(
+    teacher: Tensor, k: int, temperature: float, dtype: torch.dtype, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """The top k of logits in any order; the rows after the first are ragged, the last one is empty.
 
-    Rows with columns outside miss at least 5 % of the mass: of a difference 1 - P that is almost 0, the oracle has as few
-    digits as the kernel. What stands beside an id of -1 is nan: nobody may look at it.
+    Rows with columns outside miss at least 5 % of the mass: of a difference 1 - P that is almost 0, the oracle has as
+    few digits as the kernel. What stands beside an id of -1 is nan: nobody may look at it.
     """
     log_probs, ids = (teacher / temperature).log_softmax(-1).topk(k)
     order = torch.rand(ids.shape, generator=g).argsort(-1)

@@ -13,6 +13,7 @@ namespace distil_fast::cuda {
 enum class Kind { kept, again, any };
 
 #define DISTIL_FAST_DIVERGENCE_INDEX(name, D) name,
+#define DISTIL_FAST_DIVERGENCE_CENTRED(name, D) D::centred,
 enum class DivergenceIndex { DISTIL_FAST_DIVERGENCES(DISTIL_FAST_DIVERGENCE_INDEX) };
 
 // Stands for the divergence of `any`.
@@ -40,11 +41,50 @@ struct RowLossArgs {
     Form student, teacher;
     int divergence = 0;
     bool centred = false;
-    float most = 1.0f;      // that a row of probabilities may sum to
-    float* mass = nullptr;  // out [rows]: what one at fault sums to, else 0; null: the teacher has logits
+    bool checked = false;  // the teacher's rows are distributions, or at fault,
+    float most = 1.0f;     // if they sum to more
   } any;
   Stages stages;
 };
+
+// f(Type<D>()) of the divergence D with this index.
+template <class D>
+struct Type {
+  using type = D;
+};
+template <class F>
+DISTIL_FAST_DEVICE auto with_divergence(int index, const F& f) {
+#define DISTIL_FAST_WITH(name, D)               \
+  case static_cast<int>(DivergenceIndex::name): \
+    return f(Type<D>());
+  switch (index) {
+    DISTIL_FAST_DIVERGENCES(DISTIL_FAST_WITH)
+    default:
+      return f(Type<ForwardKL>());  // there is no such index
+  }
+}
+
+DISTIL_FAST_DEVICE bool leads() { return hw::rank() == 0 && hw::thread() == 0; }
+
+// The hard term's value, and what its gradient needs: a factor of the exponentials at temperature 1, and what stands at
+// the label before smoothing.
+struct HardTerm {
+  float value, of_h, at_label;
+};
+
+// From the largest logit, the label's relative to it, the sum of the others' exponentials, and that of all logits
+// relative to the largest.
+DISTIL_FAST_DEVICE HardTerm hard_term(const RowLossArgs& a, float top, float shifted, float rest, float shifted_sum) {
+  const float own = hw::exp2(shifted * log2_e), z = rest + own, log_z = hw::log(z), lse = log_z + top;
+  const float slope = a.z_loss == 0.0f ? 0.0f : 2.0f * a.z_loss * lse;
+  float value = own > rest ? hw::log1p(rest / own) : log_z - shifted;
+  if (a.label_smoothing != 0.0f) {
+    const float uniform = log_z - shifted_sum / static_cast<float>(a.cols);
+    value = (1.0f - a.label_smoothing) * value + a.label_smoothing * uniform;
+  }
+  if (a.z_loss != 0.0f) value += a.z_loss * lse * lse;
+  return {value, (1.0f + slope) / z, (slope * own - rest) / z};
+}
 
 // What fp32 rounds off in a - b = d (Knuth's TwoSum); an infinite d has lost nothing.
 DISTIL_FAST_DEVICE float lost_in(float a, float b, float d) {

@@ -37,7 +37,7 @@ class RowLossBody {
     const RowWeights& weights = a_.values.weights;
     const bool soft = weights.soft[row] != 0.0f, hard = weights.hard[row] != 0.0f;
     if (!soft && !hard) {
-      if (leads()) a_.values.put_hard(row, 0.0f), a_.values.put_soft(row, 0.0f), put_mass(row, 0.0f);
+      if (leads()) a_.values.put_hard(row, 0.0f), a_.values.put_soft(row, 0.0f);
       if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
       return;
     }
@@ -48,10 +48,8 @@ class RowLossBody {
 
     maxima(slice, student, teacher, r, team);
     exponentials(row, slice, student, teacher, r, memory, team);
-    const bool refused = any && r.soft && a_.any.mass && !(r.mass <= a_.any.most);
-    if (leads()) put_mass(row, refused ? r.mass : 0.0f);
-    if (refused) {
-      if (leads()) a_.values.put_soft(row, not_a_number);
+    if (any && r.soft && a_.any.checked && !(r.mass <= a_.any.most)) {
+      if (leads()) a_.values.refuse(row, FaultKind::teacher_mass, r.mass);
       if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
       return;
     }
@@ -82,10 +80,6 @@ class RowLossBody {
     return {const_cast<char*>(at) + slice_of<S>(at, a_.cols).begin * sizeof(S), slice};
   }
 
-  DISTIL_FAST_DEVICE void put_mass(int row, float mass) const {
-    if (any && a_.any.mass) a_.any.mass[row] = mass;
-  }
-
   DISTIL_FAST_DEVICE static bool is_column(const Slice& slice, int group, int l) {
     const int i = group * W + l - slice.shift;
     return i >= 0 && i < slice.n;
@@ -108,8 +102,6 @@ class RowLossBody {
         to[l] = is_column(slice, group, l) ? teacher_logit(to[l], a_.any.teacher, r.t) : minus_infinity;
     }
   }
-
-  DISTIL_FAST_DEVICE static bool leads() { return hw::rank() == 0 && hw::thread() == 0; }
 
   // f(group, index of its first value among those kept)
   template <class F>
@@ -214,8 +206,9 @@ class RowLossBody {
       r.centre = mean - mean == 0.0f ? mean : 0.0f;
       r.mass = sum[1] * hw::exp2(r.top_t * k);
     }
-    const float value = hard_term(r, label_logit - r.top_s, sum[2], sum[3]);
-    if (leads()) a_.values.put_hard(row, r.hard ? value : 0.0f);
+    const HardTerm term = hard_term(a_, r.top_s, label_logit - r.top_s, sum[2], sum[3]);
+    r.of_h = term.of_h, r.at_label = term.at_label;
+    if (leads()) a_.values.put_hard(row, r.hard ? term.value : 0.0f);
   }
 
   // Exponentials at temperature 1: those at T, or `own` ones.
@@ -271,14 +264,8 @@ class RowLossBody {
     if constexpr (!any) {
       return terms_of<D>(apart, r, es, g);
     } else {
-#define DISTIL_FAST_TERMS_OF(name, Of)          \
-  case static_cast<int>(DivergenceIndex::name): \
-    return terms_of<Of>(apart, r, es, g);
-      switch (a_.any.divergence) {
-        DISTIL_FAST_DIVERGENCES(DISTIL_FAST_TERMS_OF)
-        default:
-          return not_a_number;
-      }
+      return with_divergence(a_.any.divergence,
+                             [&](auto of) { return terms_of<typename decltype(of)::type>(apart, r, es, g); });
     }
   }
 
@@ -312,20 +299,6 @@ class RowLossBody {
   DISTIL_FAST_DEVICE float logit(int row, int64_t column) const {
     const float x = widen(reinterpret_cast<const S*>(row_at(a_.student, row, a_.inner))[column]);
     return any ? transformed(x, a_.any.student) : x;
-  }
-
-  // Its value, and what its gradient needs, from the label's logit relative to the top, the sum of the others'
-  // exponentials, and the sum of all logits relative to the top.
-  DISTIL_FAST_DEVICE float hard_term(RowScalars& r, float shifted, float rest, float shifted_sum) const {
-    const float own = hw::exp2(shifted * log2_e), z = rest + own, log_z = hw::log(z), lse = log_z + r.top_s;
-    const float slope = a_.z_loss == 0.0f ? 0.0f : 2.0f * a_.z_loss * lse;
-    r.of_h = (1.0f + slope) / z, r.at_label = (slope * own - rest) / z;
-    float value = own > rest ? hw::log1p(rest / own) : log_z - shifted;
-    if (a_.label_smoothing != 0.0f) {
-      const float uniform = log_z - shifted_sum / static_cast<float>(a_.cols);
-      value = (1.0f - a_.label_smoothing) * value + a_.label_smoothing * uniform;
-    }
-    return a_.z_loss == 0.0f ? value : value + a_.z_loss * lse * lse;
   }
 
   // The projection comes first: where g is a multiple of q, nothing is left of it. At the label the hard gradient is

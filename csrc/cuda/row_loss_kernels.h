@@ -16,9 +16,7 @@ RowLossKernel row_loss_kernel_of(int divergence, Kind kind);
 constexpr bool has_again(int divergence) { return divergence <= static_cast<int>(DivergenceIndex::jsd); }
 
 #define DISTIL_FAST_ROW_LOSS_COLUMNS(name, D) kept_columns<D>,
-#define DISTIL_FAST_ROW_LOSS_CENTRED(name, D) D::centred,
 inline constexpr int kept_columns_of[] = {DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW_LOSS_COLUMNS)};
-inline constexpr bool centred_of[] = {DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW_LOSS_CENTRED)};
 
 #define DISTIL_FAST_ROW_LOSS_CASE(name, D)                                                  \
   if (constexpr int index = static_cast<int>(DivergenceIndex::name); divergence == index) { \

@@ -125,6 +125,7 @@ DISTIL_FAST_KERNEL(weigh_threads, 1) weigh_kernel(DISTIL_FAST_ARGS(WeighArgs) a)
     a.out.hard_share[row] =
         fault == FaultKind::label || fault == FaultKind::class_weight ? not_a_number : static_cast<float>(hard);
     a.out.temperature[row] = static_cast<float>(t);
+    a.out.fault[row] = 0.0f;
     const double size = __builtin_fabs(in_soft / (a.norms ? a.norms[row] : t)) + __builtin_fabs(in_hard);
     largest[0] = Largest::of(largest[0], in_soft == 0.0 ? __builtin_fabs(in_hard) : size);
   }
@@ -143,13 +144,14 @@ DISTIL_FAST_KERNEL(weigh_threads, 1) total_kernel(DISTIL_FAST_ARGS(TotalArgs) a)
   int64_t first_fault[1] = {INT64_MAX};
   for (int64_t row = hw::thread(); row < a.rows; row += hw::threads()) {
     if (a.loss) sums[0] += a.weights.soft_value[row], sums[1] += a.weights.hard_value[row];
-    if (a.mass && a.mass[row] != 0.0f) first_fault[0] = Smallest::of(first_fault[0], row);
+    if (a.fault && a.weights.fault[row] != 0.0f) first_fault[0] = Smallest::of(first_fault[0], row);
   }
   team.combine<Sum>(sums);
   order.combine<Smallest>(first_fault);
   if (hw::thread() != 0) return;
   const int64_t row = first_fault[0];
-  if (row != INT64_MAX && a.fault[0] == 0.0) put_fault(a.fault, FaultKind::teacher_mass, row, a.mass[row]);
+  if (row != INT64_MAX && a.fault[0] == 0.0)
+    put_fault(a.fault, static_cast<FaultKind>(a.weights.fault[row]), row, a.weights.fault_value[row]);
   if (!a.loss) return;
   *a.loss = static_cast<float>(weighted(*a.weights.soft_weight, sums[0]) + weighted(*a.weights.hard_weight, sums[1]));
   *a.soft = static_cast<float>(sums[0]);

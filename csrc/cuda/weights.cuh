@@ -18,17 +18,27 @@ struct Quantity {
 
 // The workspace: two numbers, then vectors of [rows].
 struct RowWeights {
-  static constexpr int vectors = 8, ahead = 4;
+  static constexpr int vectors = 10, ahead = 4;
   float *soft_weight, *hard_weight;              // of the terms
   float *soft, *hard, *soft_share, *hard_share;  // of each row in the gradient, and in the value
   float* temperature;
   float *soft_value, *hard_value;
-  float* mass;  // of a teacher's row that is no distribution, else 0
+  float* fault;         // FaultKind of a row whose teacher is no distribution, else 0,
+  double* fault_value;  // and what stood there
 
   static RowWeights at(float* workspace, int64_t rows) {
     float* v = workspace + ahead;
-    return {workspace,    workspace + 1, v,           v + rows, v + 2 * rows, v + 3 * rows, v + 4 * rows,
-            v + 5 * rows, v + 6 * rows,  v + 7 * rows};
+    return {workspace,
+            workspace + 1,
+            v,
+            v + rows,
+            v + 2 * rows,
+            v + 3 * rows,
+            v + 4 * rows,
+            v + 5 * rows,
+            v + 6 * rows,
+            v + 7 * rows,
+            reinterpret_cast<double*>(v + 8 * rows)};
   }
 };
 
@@ -69,6 +79,11 @@ struct RowValues {
     const double h = hard ? weighted(*weights.hard_weight, hard[row]) : 0.0;
     loss[row] = static_cast<float>(weighted(*weights.soft_weight, s) + h);
   }
+  // In the place of put_soft.
+  DISTIL_FAST_DEVICE void refuse(int row, FaultKind kind, double value) const {
+    weights.fault[row] = static_cast<float>(kind), weights.fault_value[row] = value;
+    put_soft(row, __builtin_nanf(""));
+  }
   DISTIL_FAST_DEVICE static float of(float share, float value) { return share == 0.0f ? 0.0f : share * value; }
 };
 
@@ -76,8 +91,8 @@ struct TotalArgs {
   int64_t rows = 0;
   RowWeights weights;
   float *loss = nullptr, *soft = nullptr, *hard = nullptr;  // one each; hard may be null; loss null: nothing is reduced
-  const float* mass = nullptr;                              // what the rows found; null: they asked nothing
-  double* fault = nullptr;  // tells of the first such row where the prologue left it empty
+  double* fault =
+      nullptr;  // tells of the first row that was refused, where the prologue left it empty; null: none can be
 };
 
 // Both launch one kernel and return what kept them from it, or null.
