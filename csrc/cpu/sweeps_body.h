@@ -13,6 +13,7 @@ namespace {
 #include DISTIL_FAST_VEC
 #include "math.h"
 #include "sweeps.h"
+#include "prepare.h"
 #include "hidden.h"
 #include "softmax.h"
 #include "topk.h"

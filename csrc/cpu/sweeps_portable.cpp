@@ -12,6 +12,7 @@ namespace {
 #include "math.h"
 #include "math_double.h"
 #include "sweeps.h"
+#include "prepare.h"
 #include "hidden.h"
 #include "softmax.h"
 #include "topk.h"

@@ -1,10 +1,12 @@
 // topk.cpp: the row algorithm with a teacher of k columns a row: the student's exponentials in one sweep, the k outcomes
 // and their bucket in a small vector of their own, the gradient in a second sweep, and at the ids once more. What does
-// not ask for the teacher (weights, labels, the hard term, sums over rows) is row_loss.h's. Next: topk.h; docs/math.md,
+// not ask for the teacher (weights, labels, the hard term, sums over rows) is row_call.h's. Next: topk.h; docs/math.md,
 // section 10.
 #include <atomic>
+#include <cstring>
+#include <memory>
 
-#include "row_loss.h"
+#include "row_call.h"
 
 namespace distil_fast {
 namespace {
@@ -37,7 +39,7 @@ struct Entries {
 
   static int64_t padded(int64_t k) { return Scratch<Real>::padded(k + 1); }
   static size_t bytes(int64_t cols, int64_t k) {
-    return sizeof(Soft) + (5 * k + Scratch<Real>::blocks_of(cols)) * sizeof(double) + 3 * padded(k) * sizeof(Real) + 64;
+    return sizeof(Soft) + (5 * k + blocks_of(cols)) * sizeof(double) + 3 * padded(k) * sizeof(Real) + 64;
   }
   Entries(std::byte* memory, int64_t cols, int64_t k) {
     soft = reinterpret_cast<Soft*>(memory);
@@ -47,7 +49,7 @@ struct Entries {
     exp_q = log_p + k;
     exp_p = exp_q + k;
     outside = exp_p + k;
-    p = reinterpret_cast<Real*>(outside + Scratch<Real>::blocks_of(cols));
+    p = reinterpret_cast<Real*>(outside + blocks_of(cols));
     q = p + padded(k);
     g = q + padded(k);
   }
@@ -58,10 +60,12 @@ struct Entries {
 };
 
 template <class Real>
-class TopKCall : RowLossCall<Real> {
-  using Base = RowLossCall<Real>;
-  using Base::block_size, Base::block_start, Base::blocks, Base::fade, Base::logit, Base::put;
-  using Base::c_, Base::rows_, Base::size_, Base::table_, Base::temperature_;
+class TopKCall : RowCall<Real> {
+  using Base = RowCall<Real>;
+  using Base::ahead_of, Base::blocks, Base::given, Base::of_student, Base::put, Base::size_at;
+  using Base::c_, Base::hard_, Base::prepares_student_, Base::rows_, Base::size_, Base::soft_, Base::table_,
+      Base::temperature_, Base::unit_;
+  using typename Base::Weights;
 
  public:
   // `rows` is the call's own, with the log-probabilities in the teacher's place: there is a soft term.
@@ -72,8 +76,8 @@ class TopKCall : RowLossCall<Real> {
     if (Fault fault = Base::weigh(); fault.kind != FaultKind::nothing) return fault;
     if (Fault fault = check(); fault.kind != FaultKind::nothing) return fault;
     std::unique_ptr<double[]> values(new double[2 * rows_]);
-    Base::soft_ = values.get();
-    Base::hard_ = values.get() + rows_;
+    soft_ = values.get();
+    hard_ = soft_ + rows_;
     for_rows(rows_, c_.cols, scratch_of_rows() + Entries<Real>::bytes(c_.cols, k_),
              [this](int64_t row, auto team, std::byte* memory) { run_row(row, team, memory); });
     Base::reduce();
@@ -81,7 +85,7 @@ class TopKCall : RowLossCall<Real> {
   }
 
  private:
-  size_t scratch_of_rows() const { return (Scratch<Real>::bytes(c_.cols) + 63) / 64 * 64; }
+  size_t scratch_of_rows() const { return (Scratch<Real>::bytes(c_.cols, prepares_student_) + 63) / 64 * 64; }
   const int64_t* ids_of(int64_t row) const { return topk_.ids + row * k_; }
   const Real* log_probs_of(int64_t row) const { return static_cast<const Real*>(topk_.log_probs) + row * k_; }
 
@@ -130,44 +134,52 @@ class TopKCall : RowLossCall<Real> {
   template <class Team>
   void run_row(int64_t row, const Team& team, std::byte* memory) {
     const double soft_w = Base::soft_weight(row), hard_w = Base::hard_weight(row);
-    if (soft_w == 0.0) return Base::run_row(row, team, memory);
     char* out = c_.grad.data ? row_at(c_.grad, row, c_.inner) : nullptr;
-    const char* student = row_at(c_.student, row, c_.inner);
-    const int64_t label = hard_w != 0.0 ? c_.labels[row] : -1;
-    const bool tailed = topk_.tail != Tail::renormalise;
-    const double own_t = temperature_[row], t = tailed ? own_t : 1.0;  // without a tail the sweeps are the hard term's
-    const Hard kind = label < 0 || t == 1.0 ? Hard::linear : t == 2.0 ? Hard::square : Hard::own;
-    Scratch<Real> w(memory, c_.cols);
     Entries<Real> e(memory + scratch_of_rows(), c_.cols, k_);
-
-    team.each(1, [&](int64_t) { gather(row, student, e); });
-    Row sums{};
-    double rest = 0.0;
-    if (tailed || label >= 0) {
-      exponentiate(team, row, student, t, kind, w);
-      sums = Base::combine(w, nullptr, t, kind);
+    team.each(1, [&](int64_t) {
+      soft_[row] = hard_[row] = 0.0;
+      *e.soft = {};
+      if (soft_w != 0.0) gather(row, e);
+    });
+    const bool tailed = soft_w != 0.0 && topk_.tail != Tail::renormalise;
+    const int64_t label = hard_w != 0.0 ? c_.labels[row] : -1;
+    const double own_t = soft_w != 0.0 ? temperature_[row] : 1.0;
+    if (!tailed && label < 0) {
+      team.each(1, [&](int64_t) {
+        soft_[row] = renormalised(own_t, e);
+        if (out) write_ids_alone(row, out, soft_w / own_t / unit_, e);
+      });
+      return;
     }
-    if (label >= 0) rest = Base::all_but(label, student, sums, w, t, kind);
-    const double hard = label >= 0 ? Base::cross_entropy(label, student, sums, rest) : 0.0;
+    const double t = tailed ? own_t : 1.0;  // without a tail the sweeps are the hard term's
+    const Hard kind = label < 0 || t == 1.0 ? Hard::linear : t == 2.0 ? Hard::square : Hard::own;
+    Scratch<Real> w(memory, c_.cols, prepares_student_);
+    const Logits student = Base::student_logits(team, row, w);
+    exponentiate(team, row, student, t, kind, w);
+    const Row sums = Base::combine(w, Logits{}, t, kind);
+    const HardTerm<Real> hard(table_, c_, student, label, sums, w, t, kind);
+    const double hard_value = label >= 0 ? hard.value() : 0.0;
     team.meet();  // what follows overwrites the exponentials' references and, in place, the logits
     const Outside outside = tailed ? leave_out(team, student, t, sums, w, e) : Outside{};
     team.each(1, [&](int64_t) {
-      Base::hard_[row] = hard;
-      Base::soft_[row] = tailed ? against_all(t, sums, outside, e) : renormalised(own_t, e);
+      hard_[row] = hard_value;
+      soft_[row] = tailed ? against_all(t, sums, outside, e) : renormalised(own_t, e);
     });
-    if (out)
-      write(team, row, out, student, label, {soft_w / own_t / Base::unit_, hard_w / Base::unit_}, t, kind, sums,
-            outside, rest, w, e);
+    const Weights weight{soft_w / own_t / unit_, hard_w / unit_};
+    if (out) write(team, row, out, student, label, tailed, weight, t, kind, sums, outside, hard, w, e);
   }
 
-  void gather(int64_t row, const char* student, Entries<Real>& e) const {
+  void gather(int64_t row, Entries<Real>& e) const {
     const int64_t* ids = ids_of(row);
     const Real* log_probs = log_probs_of(row);
-    Soft& soft = *e.soft = {};
+    const Logits raw = given(c_.student, row);
+    Soft& soft = *e.soft;
     for (int64_t i = 0; i < k_; ++i) {
       if (ids[i] < 0) continue;
+      Real logit;
+      table_.prepare[raw.dtype](raw.at(ids[i]), 1, of_student(), &logit);
       e.ids[soft.n] = ids[i];
-      e.logits[soft.n] = logit(student, ids[i]);
+      e.logits[soft.n] = logit;
       e.log_p[soft.n] = log_probs[i];
       soft.p_sum += e.exp_p[soft.n] = std::exp(double(log_probs[i]));
       ++soft.n;
@@ -175,14 +187,13 @@ class TopKCall : RowLossCall<Real> {
   }
 
   template <class Team>
-  void exponentiate(const Team& team, int64_t row, const char* student, double t, Hard kind, Scratch<Real>& w) const {
-    const int s = index(c_.student.dtype);
-    auto reference = [&](int64_t b) { return table_.maximum[s](student + block_start(b) * size_, block_size(b)); };
+  void exponentiate(const Team& team, int64_t row, const Logits& student, double t, Hard kind, Scratch<Real>& w) const {
+    auto reference = [&](int64_t b) { return table_.maximum[student.dtype](student.at(block_start(b)), size_at(b)); };
     auto sweep = [&](int64_t b, double ref) {
       const int64_t j = block_start(b);
       w.blocks[b] = Block<Real>{Real(ref), 0, 0, 0, 0};
-      sweeps_.exponentiate[s][static_cast<int>(kind)](student + j * size_, block_size(b), t, w.es + j, w.blocks + b,
-                                                      Base::ahead_of(row, b, 0, 2));
+      sweeps_.exponentiate[student.dtype][static_cast<int>(kind)](student.at(j), size_at(b), t, w.es + j, w.blocks + b,
+                                                                  ahead_of(row, b, 0, 2));
     };
     const double first = reference(0);
     team.each(blocks(), [&](int64_t b) {
@@ -194,32 +205,33 @@ class TopKCall : RowLossCall<Real> {
   // Takes the ids out of the exponentials, and sums the others: subtracted from the whole, a small rest would have lost
   // its digits.
   template <class Team>
-  Outside leave_out(const Team& team, const char* student, double t, const Row& sums, Scratch<Real>& w,
+  Outside leave_out(const Team& team, const Logits& student, double t, const Row& sums, Scratch<Real>& w,
                     Entries<Real>& e) const {
-    team.each(1, [&](int64_t) {
-      for (int64_t i = 0; i < e.soft->n; ++i) w.es[e.ids[i]] = 0;
-    });
+    auto put_at_ids = [&](Real* row, double value) {
+      team.each(1, [&](int64_t) {
+        for (int64_t i = 0; i < e.soft->n; ++i) row[e.ids[i]] = Real(value);
+      });
+    };
+    put_at_ids(w.es, 0.0);
     const double z = sum_outside(team, t, sums.ref_s, w, e);
     if (!(z < faint) || e.soft->n == c_.cols) return {z, sums.ref_s};
-    const int s = index(c_.student.dtype);
     team.each(blocks(), [&](int64_t b) {
-      sweeps_.widen[s](student + block_start(b) * size_, block_size(b), w.et + block_start(b));
+      const int64_t j = block_start(b);
+      table_.prepare[student.dtype](student.at(j), size_at(b), Prepare{1.0, 0.0, false}, w.et + j);
     });
-    team.each(1, [&](int64_t) {
-      for (int64_t i = 0; i < e.soft->n; ++i) w.et[e.ids[i]] = -infinity;
-    });
-    double ref = table_.maximum[0](w.et, c_.cols);
+    put_at_ids(w.et, -infinity);
+    const double ref = table_.maximum[0](w.et, c_.cols);
     team.each(blocks(), [&](int64_t b) {
+      const int64_t j = block_start(b);
       w.blocks[b].ref_s = Real(ref);
-      table_.exponentiate_alone[0](w.et + block_start(b), block_size(b), t, w.es + block_start(b), w.blocks + b,
-                                   Ahead{});
+      table_.exponentiate_alone[0](w.et + j, size_at(b), t, w.es + j, w.blocks + b, Ahead{});
     });
     return {sum_outside(team, t, ref, w, e), ref};
   }
 
   template <class Team>
   double sum_outside(const Team& team, double t, double ref, const Scratch<Real>& w, Entries<Real>& e) const {
-    team.each(blocks(), [&](int64_t b) { e.outside[b] = sweeps_.total(w.es + block_start(b), block_size(b)); });
+    team.each(blocks(), [&](int64_t b) { e.outside[b] = sweeps_.total(w.es + block_start(b), size_at(b)); });
     double z = 0.0;
     for (int64_t b = 0; b < blocks(); ++b) z += e.outside[b] * fade(w.blocks[b].ref_s, ref, t);
     team.meet();  // `outside` may be used again
@@ -307,56 +319,64 @@ class TopKCall : RowLossCall<Real> {
     return over.f;
   }
 
-  // weight.soft holds 1 / T already.
-  template <class Team>
-  void write(const Team& team, int64_t row, char* out, const char* student, int64_t label,
-             typename Base::Weights weight, double t, Hard kind, const Row& sums, const Outside& outside, double rest,
-             const Scratch<Real>& w, const Entries<Real>& e) const {
-    const bool tailed = topk_.tail != Tail::renormalise;
-    if (!tailed && label < 0) {
-      team.each(1, [&](int64_t) { std::memset(out, 0, c_.cols * size_); });
-    } else {
-      static constexpr Real zeros[block_cols] = {};
-      const int s = index(c_.student.dtype);
-      auto sweep = tailed ? table_.gradient[s][static_cast<int>(kind)] : table_.gradient_alone[s];
-      team.each(blocks(), [&](int64_t b) {
-        const int64_t j = block_start(b);
-        Ahead ahead = Base::ahead_of(row, b, 2, 2);
-        ahead.teacher = ahead.student, ahead.teacher_step = ahead.student_step;
-        sweep(out + j * size_, student + j * size_, zeros, w.es + j, block_size(b),
-              factors(b, label, weight, t, sums, outside, w, e), ahead);
-      });
+  // The soft gradient at an id; `weight` holds 1 / T already, here and below.
+  double at_id(int64_t i, double weight, const Entries<Real>& e) const {
+    return weight * (e.g[i] - e.q[i] * e.soft->of_q);
+  }
+
+  // Zeros but at the ids. In place, the slope of a prepared student is taken there before the logits are gone.
+  void write_ids_alone(int64_t row, char* out, double weight, Entries<Real>& e) const {
+    const Logits raw = given(c_.student, row);
+    for (int64_t i = 0; i < e.soft->n; ++i) {
+      const Real value = Real(at_id(i, weight, e));
+      table_.chain[raw.dtype](e.exp_p + i, raw.at(e.ids[i]), &value, 1, of_student());
     }
-    // At the label the hard gradient is p - 1 = -rest / z, which loses nothing where p is 1.
-    const double constant = uniform(label, weight), at_label = weight.hard * (smoothing(label) - rest / sums.z_h);
+    std::memset(out, 0, c_.cols * size_);
+    for (int64_t i = 0; i < e.soft->n; ++i) std::memcpy(out + e.ids[i] * size_, e.exp_p + i, size_);
+  }
+
+  template <class Team>
+  void write(const Team& team, int64_t row, char* out, const Logits& student, int64_t label, bool tailed,
+             Weights weight, double t, Hard kind, const Row& sums, const Outside& outside, const HardTerm<Real>& hard,
+             const Scratch<Real>& w, const Entries<Real>& e) const {
+    static constexpr Real zeros[block_cols] = {};
+    // Outside the ids the soft gradient is a multiple of the exponentials.
+    auto factors = [&](int64_t b) {
+      const double ref = w.blocks[b].ref_s;
+      return Combine{1.0, tailed ? weight.soft * e.soft->of_tail * fade(ref, outside.ref, t) : 0.0,
+                     weight.hard * hard.of_softmax() * fade(ref, sums.ref_s, 1.0) / sums.z_h,
+                     weight.hard * hard.constant(), ref};
+    };
+    // The gradient of prepared logits stays in scratch until `chain` makes it that of the logits as given.
+    Real* pending = prepares_student_ ? w.et : nullptr;
+    const Logits raw = given(c_.student, row);
+    const int to = pending ? 0 : raw.dtype;
+    char* const target = pending ? reinterpret_cast<char*>(pending) : out;
+    const int64_t size = pending ? int64_t(sizeof(Real)) : size_;
+    auto sweep = tailed ? table_.gradient[to][static_cast<int>(kind)] : table_.gradient_alone[to];
+    team.each(blocks(), [&](int64_t b) {
+      const int64_t j = block_start(b);
+      Ahead ahead = ahead_of(row, b, 2, 2);
+      ahead.teacher = ahead.student, ahead.teacher_step = ahead.student_step;
+      sweep(target + j * size, student.at(j), zeros, w.es + j, size_at(b), factors(b), ahead);
+    });
     team.each(1, [&](int64_t) {
-      if (label >= 0) {
-        const double of_q = tailed ? factors(label / block_cols, label, weight, t, sums, outside, w, e).of_q : 0.0;
-        put(out, label, at_label + constant + (tailed ? of_q * w.es[label] : 0.0));
-      }
+      if (label >= 0)
+        put(target + label * size, to, weight.hard * hard.at_label() + factors(label / block_cols).of_q * w.es[label]);
       for (int64_t i = 0; i < e.soft->n; ++i) {
-        double value = weight.soft * (e.g[i] - e.q[i] * e.soft->of_q);
+        double value = at_id(i, weight.soft, e);
         if (label >= 0) {
           const double q = std::exp(e.logits[i] - sums.ref_s) / sums.z_h;
-          value += constant + (e.ids[i] == label ? at_label : weight.hard * q);
+          value += weight.hard * (e.ids[i] == label ? hard.at_label() : hard.of_softmax() * q + hard.constant());
         }
-        put(out, e.ids[i], value);
+        put(target + e.ids[i] * size, to, value);
       }
     });
-  }
-
-  double smoothing(int64_t label) const { return label >= 0 ? c_.label_smoothing : 0.0; }
-  double uniform(int64_t label, const typename Base::Weights& weight) const {
-    return -weight.hard * smoothing(label) / static_cast<double>(c_.cols);
-  }
-
-  // The scalars of the last sweep, outside the ids; the soft gradient there is a multiple of the exponentials.
-  Combine factors(int64_t b, int64_t label, const typename Base::Weights& weight, double t, const Row& sums,
-                  const Outside& outside, const Scratch<Real>& w, const Entries<Real>& e) const {
-    const double ref = w.blocks[b].ref_s;
-    const double soft = weight.soft * e.soft->of_tail * fade(ref, outside.ref, t);
-    const double hard = label < 0 ? 0.0 : weight.hard * fade(ref, sums.ref_s, 1.0) / sums.z_h;
-    return {1.0, soft, hard, uniform(label, weight), ref};
+    if (pending)
+      team.each(blocks(), [&](int64_t b) {
+        const int64_t j = block_start(b);
+        table_.chain[raw.dtype](out + j * size_, raw.at(j), pending + j, size_at(b), of_student());
+      });
   }
 
   const int64_t k_;
@@ -368,6 +388,7 @@ template <class Real>
 Fault run(const TopKLoss& call, DType real) {
   RowLoss rows = call.row;
   rows.teacher = {const_cast<void*>(call.log_probs), real, rows.inner * call.k, call.k};
+  rows.teacher_form = TeacherForm::logits;
   return TopKCall<Real>(call, rows).run();
 }
 

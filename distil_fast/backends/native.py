@@ -162,10 +162,6 @@ def topk_loss(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
     """`row_loss` with a teacher of k columns a row; shift: the divergence's."""
-    if tuple(settings.transforms[:2]) != (1.0, 0.0):
-        raise NotImplementedError(
-            "student_logit_scale and student_softcap: not with a TopK teacher on a CPU. Apply them to student_logits."
-        )
     rows = labels, soft_mask, class_weights
     scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
     tolerance = topk_tolerance(log_probs)
