@@ -28,6 +28,8 @@ template <>
 inline constexpr int kept_columns<ForwardKL> = 32;
 template <>
 inline constexpr int kept_columns<JensenShannon> = 32;
+template <>
+inline constexpr int kept_columns<AlphaBeta> = 16;
 
 struct RowLossArgs {
   int rows = 0, inner = 0, cols = 0;

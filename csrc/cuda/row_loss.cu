@@ -23,7 +23,7 @@ const char* launch(const CudaRowLoss& call) {
   RowLossArgs a;
   set_row_args(call, weights, &a);
   a.any.checked = c.teacher.data && c.teacher_form != TeacherForm::logits;
-  a.any.most = c.teacher.dtype == DType::f32 ? 1.001f : 1.01f;
+  a.any.most = static_cast<float>(mass_limit(c.teacher.dtype));
   hw::Device device;
   if (const char* error = hw::device(&device)) return error;
   const int size = size_of(c.student.dtype), second = c.teacher.data ? size_of(c.teacher.dtype) : 0;
