@@ -12,6 +12,7 @@ from distil_fast.functional import (
     softmax,
     triple_loss,
 )
+from distil_fast.linear import linear_cross_entropy, linear_distillation_loss, linear_divergence_loss
 from distil_fast.modules import CosineLoss, CrossEntropyLoss, DistillationLoss, DivergenceLoss, TripleLoss
 from distil_fast.reference import (
     JSD,
@@ -55,6 +56,9 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "divergence_loss",
+    "linear_cross_entropy",
+    "linear_distillation_loss",
+    "linear_divergence_loss",
     "log_softmax",
     "softmax",
     "triple_loss",

@@ -7,34 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from distil_fast import backends, checks, ops, reference, reference_topk
-from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS, TAILS
-from distil_fast.options import row_options
+from distil_fast import checks, ops, reference, reference_topk
+from distil_fast.backends.settings import RowSettings
+from distil_fast.linear import hidden_teacher_loss
+from distil_fast.options import (
+    check_teacher_rows,
+    choose_backend,
+    no_hard_term,
+    no_soft_term,
+    row_options,
+    rows_of,
+    without_teacher_logits,
+)
 from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
-from distil_fast.teachers import LogProbs, Probs, Teacher, TopK
-
-
-def _backend(values: Tensor, name: str, backend: str | None, plain: str = "") -> str:
-    """The name of who serves this call; "reference" is plain torch, the others are kernels. plain: its name there."""
-    chosen = backends.choose(values, backend)
-    if (
-        chosen != "reference"
-        and not torch.compiler.is_compiling()
-        and (
-            torch._C._are_functorch_transforms_active()
-            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
-        )
-    ):
-        raise NotImplementedError(
-            f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
-            f"none: leading dimensions are rows. For these use distil_fast.{plain or f'reference.{name}'}, "
-            "which is plain torch."
-        )
-    return chosen
+from distil_fast.teachers import Hidden, Teacher, TopK
 
 
 def distillation_loss(
@@ -147,27 +135,6 @@ def distillation_loss(
     )
 
 
-# The options of a row loss that one with a single term does not have.
-_NO_SOFT: dict[str, Any] = {
-    "temperature": 1.0,
-    "soft_weight": 0.0,
-    "soft_mask": None,
-    "soft_count": None,
-    "divergence": "forward_kl",
-    "t_squared": True,
-    "teacher_logit_scale": 1.0,
-    "teacher_softcap": None,
-}
-_NO_HARD: dict[str, Any] = {
-    "hard_weight": None,
-    "hard_count": None,
-    "ignore_index": -100,
-    "label_smoothing": 0.0,
-    "class_weights": None,
-    "z_loss": 0.0,
-}
-
-
 def _row_loss(
     name: str,
     student_logits: Tensor,
@@ -180,28 +147,22 @@ def _row_loss(
 ) -> LossTerms:
     """Any loss over rows of logits; `options` are distillation_loss's, every one of them."""
     checks.check_values("logits" if name == "cross_entropy" else "student_logits", student_logits)
-    teacher, form = teacher_logits, LOGITS
-    if isinstance(teacher_logits, LogProbs):
-        teacher, form = teacher_logits.log_probs, LOG_PROBS
-    elif isinstance(teacher_logits, Probs):
-        teacher, form = teacher_logits.probs, PROBS
-    elif isinstance(teacher_logits, TopK):
-        return _topk_loss(name, student_logits, teacher_logits, labels, inplace, backend, options)
-    if teacher is not None:
-        checks.check_pair("logits", student_logits, teacher, options["vocab_size"])
-    assert teacher is None or isinstance(teacher, Tensor)
+    if isinstance(teacher_logits, Hidden):
+        if inplace:
+            raise ValueError("inplace: expected a teacher that brings its rows, got Hidden. Use inplace=False.")
+        return hidden_teacher_loss(student_logits, teacher_logits, labels, backend, options)
+    check_teacher_rows(teacher_logits, student_logits, options["vocab_size"])
+    teacher, _, form = rows_of(teacher_logits)
     scalars, settings = row_options(student_logits, student_logits.shape[-1], labels, teacher_form=form, **options)
-    _check_inplace(inplace, settings.reduction)
-    chosen = _backend(student_logits, name, backend)
+    if inplace and settings.reduction == "none":
+        raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
+    if isinstance(teacher_logits, TopK):
+        return _topk_loss(name, student_logits, teacher_logits, labels, scalars, settings, inplace, backend, options)
+    chosen = choose_backend(student_logits, name, backend)
     if chosen == "reference":
         return reference.distillation_loss(student_logits, teacher, labels, teacher_form=form, **options)
     vectors = teacher, labels, options["soft_mask"], options["class_weights"]
     return LossTerms(*ops.row_loss(student_logits, *vectors, scalars, settings._replace(backend=chosen), inplace))
-
-
-def _check_inplace(inplace: bool, reduction: str) -> None:
-    if inplace and reduction == "none":
-        raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
 
 
 def _topk_loss(
@@ -209,24 +170,20 @@ def _topk_loss(
     student_logits: Tensor,
     teacher: TopK,
     labels: Tensor | None,
+    scalars: tuple[float | Tensor, ...],
+    settings: RowSettings,
     inplace: bool,
     backend: str | None,
     options: dict[str, Any],
 ) -> LossTerms:
-    """`_row_loss` with a teacher of k columns a row."""
+    """`_row_loss` with a teacher of k columns a row; everything is checked."""
     ids, log_probs, tail = teacher.ids, teacher.log_probs, teacher.tail
-    checks.check_topk(ids, log_probs, tail, TAILS, student_logits)
-    scalars, settings = row_options(
-        student_logits, student_logits.shape[-1], labels, teacher_form="the top k", **options
-    )
-    _check_inplace(inplace, settings.reduction)
-    chosen = _backend(student_logits, name, backend, "reference_topk.topk_loss")
+    chosen = choose_backend(student_logits, name, backend, "reference_topk.topk_loss")
     if chosen == "reference":
-        options = {name: value for name, value in options.items() if not name.startswith("teacher_")}
+        options = without_teacher_logits(options)
         return reference_topk.topk_loss(student_logits, ids, log_probs, labels, tail=tail, **options)
-    settings = settings._replace(backend=chosen, teacher_form=LOG_PROBS)
     shift = as_divergence(options["divergence"]).shift
-    vectors = labels, options["soft_mask"], options["class_weights"]
+    vectors, settings = (labels, options["soft_mask"], options["class_weights"]), settings._replace(backend=chosen)
     return LossTerms(*ops.topk_loss(student_logits, ids, log_probs, *vectors, scalars, settings, shift, tail, inplace))
 
 
@@ -283,7 +240,7 @@ def divergence_loss(
         vocab_size=vocab_size,
         reduction=reduction,
         backend=backend,
-        **_NO_HARD,
+        **no_hard_term(),
     ).loss
 
 
@@ -334,7 +291,7 @@ def cross_entropy(
         vocab_size=vocab_size,
         reduction=reduction,
         backend=backend,
-        **_NO_SOFT,
+        **no_soft_term(),
     ).loss
 
 
@@ -360,7 +317,7 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0, *, backend: s
 def _softmax(name: str, logits: Tensor, temperature: float | Tensor, backend: str | None) -> Tensor:
     checks.check_values("logits", logits)
     temperature = checks.check_temperature(temperature, logits)
-    chosen = _backend(logits, name, backend)
+    chosen = choose_backend(logits, name, backend)
     if chosen == "reference":
         return getattr(reference, name)(logits, temperature)
     return ops.softmax(logits, temperature, name == "log_softmax", chosen)
@@ -414,7 +371,7 @@ def _weighted_cosine(
     checks.check_mask("mask", mask, student_hidden)
     weight = checks.check_quantity("weight", weight, student_hidden)
     number = -1.0 if count is None else checks.check_quantity("count", count, student_hidden)
-    chosen = _backend(student_hidden, "cosine_loss", backend)
+    chosen = choose_backend(student_hidden, "cosine_loss", backend)
     if chosen == "reference":
         term = reference.cosine_loss(student_hidden, teacher_hidden, mask, count, reduction)
         return weight * term, term.detach()

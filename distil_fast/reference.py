@@ -464,6 +464,28 @@ def distillation_loss(
     return two_terms(student, soft_rows, labels, temperature=temperature, **options)
 
 
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden weight^T + bias, in float32 at least."""
+    hidden = _working(hidden)
+    return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    **options: Any,
+) -> LossTerms:
+    """`distil_fast.linear_distillation_loss` in plain torch, with the whole logits; `options`: distillation_loss's."""
+    student = head_logits(student_hidden, student_weight, student_bias)
+    return distillation_loss(student, head_logits(teacher_hidden, teacher_weight, teacher_bias), labels, **options)
+
+
 def divergence_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

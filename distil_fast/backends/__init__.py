@@ -100,7 +100,7 @@ def _remembered(kind: str, index: int | None, dtype: str, backend: str | None) -
     device = torch.device(kind) if index is None else torch.device(kind, index)
     name, why = serving(device, getattr(torch, dtype), backend)
     if name == "reference" and backend is None and _forced is None:
-        warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=5)
+        warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=7)
     return name
 
 
