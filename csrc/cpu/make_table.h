@@ -9,6 +9,7 @@ constexpr Table<typename V::Real> make_table() {
     fill_hidden<V, T, T...>(table.hidden, s), table.rescale[s] = rescale<V, T>, ++s),
    ...);
   table.rows.weighted_difference = weighted_difference<V>;
+  fill_shards<V, T...>(table.shards);
 #define DISTIL_FAST_ROW(name, Functor)                                            \
   table.rows.diverge[static_cast<int>(DivergenceId::name)] = diverge<V, Functor>; \
   table.rows.centred[static_cast<int>(DivergenceId::name)] = Functor::centred;

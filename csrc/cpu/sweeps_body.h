@@ -14,6 +14,7 @@ namespace {
 #include "math.h"
 #include "sweeps.h"
 #include "hidden.h"
+#include "sharded.h"
 #include "softmax.h"
 #include "make_table.h"
 }  // namespace

@@ -13,6 +13,7 @@ namespace {
 #include "math_double.h"
 #include "sweeps.h"
 #include "hidden.h"
+#include "sharded.h"
 #include "softmax.h"
 #include "make_table.h"
 }  // namespace
