@@ -12,7 +12,23 @@ from distil_fast.functional import (
     softmax,
     triple_loss,
 )
-from distil_fast.modules import CosineLoss, CrossEntropyLoss, DistillationLoss, DivergenceLoss, TripleLoss
+from distil_fast.modules import (
+    CosineLoss,
+    CrossEntropyLoss,
+    DistillationLoss,
+    DivergenceLoss,
+    TripleLoss,
+    VocabParallelCrossEntropyLoss,
+    VocabParallelDistillationLoss,
+    VocabParallelDivergenceLoss,
+    VocabParallelLinearDistillationLoss,
+)
+from distil_fast.parallel import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_distillation_loss,
+    vocab_parallel_divergence_loss,
+    vocab_parallel_linear_distillation_loss,
+)
 from distil_fast.reference import (
     JSD,
     AlphaBeta,
@@ -51,6 +67,10 @@ __all__ = [
     "TotalVariation",
     "TripleLoss",
     "TripleTerms",
+    "VocabParallelCrossEntropyLoss",
+    "VocabParallelDistillationLoss",
+    "VocabParallelDivergenceLoss",
+    "VocabParallelLinearDistillationLoss",
     "cosine_loss",
     "cross_entropy",
     "distillation_loss",
@@ -58,4 +78,8 @@ __all__ = [
     "log_softmax",
     "softmax",
     "triple_loss",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_distillation_loss",
+    "vocab_parallel_divergence_loss",
+    "vocab_parallel_linear_distillation_loss",
 ]

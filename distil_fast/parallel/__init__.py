@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distil_fast.parallel import call, linear
-from distil_fast.parallel.agreement import ranks_of
 from distil_fast.reference import Divergence, LossTerms
 
 __all__ = [
@@ -27,12 +26,20 @@ __all__ = [
 Group = dist.ProcessGroup | None
 
 
-def _refuse_tracing(name: str) -> None:
+def _logits_loss(*args: Any, **options: Any) -> LossTerms:
     if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"distil_fast.{name} cannot be traced: its ranks look at each other's arguments. Call it outside of the "
-            "compiled function, or without fullgraph=True."
-        )
+        from distil_fast.parallel import untraced
+
+        return untraced.logits_loss(*args, **options)
+    return call.loss(*args, **options)
+
+
+def _linear_loss(*args: Any, **options: Any) -> LossTerms:
+    if torch.compiler.is_compiling():
+        from distil_fast.parallel import untraced
+
+        return untraced.linear_loss(*args, **options)
+    return linear.loss(*args, **options)
 
 
 def vocab_parallel_distillation_loss(
@@ -88,11 +95,11 @@ def vocab_parallel_distillation_loss(
     Raises:
         ValueError, TypeError: as `distillation_loss`, on the rank whose arguments they are.
         RuntimeError: no process group; another rank raised; arguments that differ between the ranks, named.
-        NotImplementedError: inside a function that is being traced whole (torch.compile with fullgraph=True).
+
+    torch.compile breaks its graph at the call, which runs as it is; with fullgraph=True that is torch's error.
     """
-    _refuse_tracing("vocab_parallel_distillation_loss")
-    return call.loss(
-        ranks_of(group),
+    return _logits_loss(
+        group,
         student_logits,
         teacher_logits,
         labels,
@@ -238,11 +245,9 @@ def vocab_parallel_linear_distillation_loss(
     Raises:
         As `vocab_parallel_distillation_loss`; on every rank, also where one fails inside a chunk.
     """
-    _refuse_tracing("vocab_parallel_linear_distillation_loss")
-    ranks = ranks_of(group)
     no_teacher = teacher_hidden is None and teacher_weight is None
-    return linear.loss(
-        ranks,
+    return _linear_loss(
+        group,
         (student_hidden, student_weight, student_bias),
         None if no_teacher else (teacher_hidden, teacher_weight, teacher_bias),
         labels,

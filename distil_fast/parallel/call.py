@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distil_fast import backends, checks, ops, reference
@@ -17,7 +18,7 @@ from distil_fast.backends.settings import RowSettings
 from distil_fast.backends.shards import Shard
 from distil_fast.options import row_options
 from distil_fast.parallel import agreement, conduct
-from distil_fast.parallel.agreement import Place, Ranks
+from distil_fast.parallel.agreement import Place
 from distil_fast.reference import LossTerms
 
 NO_SHARD: dict[str, Any] = {"vocab_size": None}  # options of distillation_loss that do not exist here
@@ -159,7 +160,7 @@ def check_vocabulary(rows: Rows, place: Place, class_weights: Tensor | None) -> 
 
 
 def loss(
-    ranks: Ranks,
+    group: dist.ProcessGroup | None,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
@@ -169,6 +170,7 @@ def loss(
 ) -> LossTerms:
     """Any loss over rows of sharded logits; `options` are distillation_loss's that exist here, every one of them."""
 
+    ranks = agreement.ranks_of(group)
     with torch.no_grad():
         try:
             rows, shard, own = _prepare(student_logits, teacher_logits, labels, backend, **options)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distil_fast import checks, ops
@@ -246,7 +247,7 @@ def _spread(values: Tensor, used: Tensor | None, rows: int) -> Tensor:
 
 
 def loss(
-    ranks: Ranks,
+    group: dist.ProcessGroup | None,
     student: tuple[Any, Any, Any],
     teacher: tuple[Any, Any, Any] | None,
     labels: Tensor | None,
@@ -256,6 +257,7 @@ def loss(
     **options: Any,
 ) -> LossTerms:
     """A loss over hidden states and sharded heads, (hidden, weight, bias) of each model."""
+    ranks = agreement.ranks_of(group)
     recording = torch.is_grad_enabled()
     wants = tuple(recording and isinstance(x, Tensor) and x.requires_grad for x in student)
     kind = student[0].device.type if isinstance(student[0], Tensor) else "cpu"
