@@ -56,6 +56,20 @@ def calls(device: str, dtype: torch.dtype, cols: int) -> Iterator[tuple[str, Ten
         return 0.25 * functions.cosine_loss(s, teacher, labels >= 0)  # type: ignore[attr-defined]
 
     yield "cosine", gradient(cosine, distil_fast, student), gradient(cosine, reference, student)
+    others = teacher.softmax(-1)
+    for kind in ("mse", "kl"):
+
+        def attention(functions: object, s: Tensor, which: str = kind) -> Tensor:
+            maps = s.softmax(-1).view(1, 1, *s.shape), others.view(1, 1, *s.shape)
+            mask = (labels >= 0).unsqueeze(0)
+            return functions.attention_loss(*((m,) for m in maps), mask, kind=which)  # type: ignore[attr-defined]
+
+        yield f"attention {kind}", gradient(attention, distil_fast, student), gradient(attention, reference, student)
+
+    def logits(functions: object, s: Tensor) -> Tensor:
+        return 0.25 * functions.logit_mse(s, teacher, labels >= 0)  # type: ignore[attr-defined]
+
+    yield "logit mse", gradient(logits, distil_fast, student), gradient(logits, reference, student)
 
 
 def gradient(loss: object, functions: object, student: Tensor) -> Tensor:

@@ -22,7 +22,16 @@ enum class Reduction : int32_t { mean, sum, none };
 
 // What was wrong with the values: no logit is read and nothing is written when a call returns anything but
 // `nothing`.
-enum class FaultKind : int32_t { nothing, label, mask, temperature, class_weight, teacher_mass };
+enum class FaultKind : int32_t {
+  nothing,
+  label,
+  mask,
+  temperature,
+  class_weight,
+  teacher_mass,
+  topk_id,
+  topk_log_prob
+};
 
 struct Fault {
   FaultKind kind = FaultKind::nothing;
@@ -70,6 +79,25 @@ struct RowLoss {
 
 Fault row_loss_cpu(const RowLoss& call);
 
+// What becomes of the mass that a top-k teacher does not name: it is one more outcome, compared with the student's mass
+// on the other columns; both models are renormalised over the k; or the sum over outcomes stops at the k.
+enum class Tail : int32_t { bucket, renormalise, ignore };
+
+// A row loss whose teacher is k columns a row, at the temperature already. At fault, before a logit is read: an id that
+// is neither -1 nor a column, or that stands twice in a row (topk_id, value: the id); a log-probability that is nan or
+// above `tolerance` (topk_log_prob); probabilities that sum to more than 1 + tolerance (teacher_mass).
+struct TopKLoss {
+  RowLoss row;  // `teacher` and what says how to read it are not used
+  int64_t k = 0;
+  const int64_t* ids = nullptr;     // [rows, k]; -1: no entry
+  const void* log_probs = nullptr;  // [rows, k] Real, in the whole distribution; -inf: a probability of 0
+  double tolerance = 1e-3;          // what rounding may add: 1e-2 where the log-probabilities had 16 bits
+  Tail tail = Tail::bucket;
+  double shift = 0.0;  // the divergence's functor adds shift (q - p) to f and shift q to g; `ignore` takes it off again
+};
+
+Fault topk_loss_cpu(const TopKLoss& call);
+
 // grad *= factor, rounded once to grad's dtype.
 struct Rescale {
   int64_t outer = 0, inner = 0, cols = 0;
@@ -101,10 +129,15 @@ struct SoftmaxBackward {
 
 void softmax_backward_cpu(const SoftmaxBackward& call);
 
-// loss = sum over rows of share * (1 - cos(student, teacher)).
-struct CosineLoss {
+// How two tensors are compared: 1 - cos(student, teacher) of each row, or the sum of one of pairs.h over its entries.
+enum class PairKind : int32_t { cosine, squared, kl };
+
+// loss = weight * sum over rows of share * scale * value(student, teacher).
+struct PairLoss {
   int64_t outer = 0, inner = 0, cols = 0;
   Matrix student, teacher, grad;
+  PairKind kind = PairKind::cosine;
+  double scale = 1.0;  // of the row's value; in (0, 1], of cosine 1
   const void* mask = nullptr;
   bool mask_is_bool = false;
   double weight = 1.0;
@@ -115,7 +148,11 @@ struct CosineLoss {
   double* unit = nullptr;
 };
 
-Fault cosine_loss_cpu(const CosineLoss& call);
+Fault pair_loss_cpu(const PairLoss& call);
+
+// An fp16 gradient's unit follows from the largest row weight; of `squared` and `kl` it is so many times larger than of a
+// probability, whose gradients are below 1.
+inline constexpr double pair_unit = 64.0;
 
 // ---- A vocabulary in shards: of each row one process holds some columns, of both models alike. Three calls, with sums
 // over the processes between them (distil_fast/parallel), come to RowLoss's value and gradient. What depends on values
@@ -214,8 +251,8 @@ struct CudaTemperature {
 const char* softmax_cuda(const CudaTemperature<Softmax>& call);
 const char* softmax_backward_cuda(const CudaTemperature<SoftmaxBackward>& call);
 
-struct CudaCosineLoss {
-  CosineLoss numbers;
+struct CudaPairLoss {
+  PairLoss numbers;
   const float *weight = nullptr, *count = nullptr;
   float* unit = nullptr;
   double* fault = nullptr;
@@ -223,7 +260,7 @@ struct CudaCosineLoss {
   void* stream = nullptr;
 };
 
-const char* cosine_loss_cuda(const CudaCosineLoss& call);
+const char* pair_loss_cuda(const CudaPairLoss& call);
 
 // How many devices there are, or, where they cannot be asked, 0 and why.
 int devices_cuda(const char** why);

@@ -1,7 +1,7 @@
 // divergences.h: THE MATHS. A divergence is (r, p, q) -> (f, g), with p the teacher's probability, q the student's and
 // r = log q - log p; D = sum f, and g = df / dlog q up to c q, with c such that g = 0 where p = q.
 // It knows nothing of softmax, temperature, dtype, vector width, labels or reduction. `V` is a vector of any width or a
-// scalar; its vocabulary (select, abs, min, exp, log, expm1, ...) belongs to V. `centred` says that g grows with r: it is then taken
+// scalar; its vocabulary (select, abs, min, exp, log_and, expm1, ...) belongs to V. `centred` says that g grows with r: it is then taken
 // relative to `centre`, the row's estimate of D, so that nothing cancels later. Derivations: docs/math.md.
 #pragma once
 
@@ -79,6 +79,23 @@ struct TotalVariation {
   }
 };
 
+// Of a mixture m = weight a + (1 - weight) b, from r = log b - log a: b / a, m / a - 1, m / a and log(m / a). Where b is
+// the smaller and m / a - 1 near -1, m / a is summed from its two parts, which are positive.
+template <class V>
+struct Mixture {
+  V ratio, excess, mixed, logarithm;
+};
+
+template <class V>
+DISTIL_FAST_FN Mixture<V> mixture(double weight, V r) {
+  V other = V(1.0 - weight), bounded = min(r, V(80));  // beyond e^80 the other side has no weight left
+  V ratio = exp(bounded), excess = other * expm1(bounded);
+  auto cancels = excess < V(-0.5);
+  V mixed = max(select(cancels, V(weight) + other * ratio, V(1) + excess), V(1e-30));
+  V lost = select(cancels, V(0), (excess - (mixed - V(1))) / mixed);
+  return {ratio, excess, mixed, log_and(mixed, lost)};
+}
+
 // KL(p || m), m = alpha p + (1 - alpha) q: f = p (expm1(l) - l) with l = log m - log p,
 // g = (1 - alpha)^2 (q - p) q / m.
 struct SkewedKL {
@@ -87,10 +104,9 @@ struct SkewedKL {
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
     V c = V(1.0 - alpha), gap = gap_of(r, p, q);
-    V e = expm1(min(r, V(80))), m_p = V(1) + c * e;  // q / p - 1; m / p
-    V l = log1p(c * e);
-    V f = select(abs(r) < V(0.5), p * expm1_tail(l), c * gap - times(p, l));
-    return {f, times(c * c * gap, (V(1) + e) / m_p)};
+    Mixture<V> m = mixture(alpha, r);
+    V l = m.logarithm, f = select(abs(l) < V(0.5), p * expm1_tail(l), c * gap - times(p, l));
+    return {f, times(c * c * gap, m.ratio / m.mixed)};
   }
 };
 
@@ -102,33 +118,35 @@ struct SkewedReverseKL {
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
     V c = V(1.0 - alpha);
-    V e = c * expm1(min(V(0) - r, V(80)));  // m / q - 1
-    V l = log1p(e);
-    V f = select(abs(r) < V(0.5), q * expm1_tail(l), c * (p - q) - times(q, l));
-    return {f, times(q, V(alpha) * e / (V(1) + e) - l)};
+    Mixture<V> m = mixture(alpha, V(0) - r);
+    V l = m.logarithm, from_m = m.excess / m.mixed;  // 1 - q / m
+    auto close = abs(l) < V(0.5);
+    V slope = select(close, V(0) - expm1_tail(V(0) - l) - c * from_m, V(alpha) * from_m - l);
+    return {select(close, q * expm1_tail(l), c * (p - q) - times(q, l)), times(q, slope)};
   }
 };
 
-// The alpha-beta divergence: f = (a/(a+b) p^(a+b) + b/(a+b) q^(a+b) - p^a q^b) / (a b), g = (q^(a+b) - p^a q^b) / a;
-// powers by logarithms, of the larger probability and of r, so that a small one need not be a float.
+// The alpha-beta divergence: f = (a/(a+b) p^(a+b) + b/(a+b) q^(a+b) - p^a q^b) / (a b), g = (q^(a+b) - p^a q^b) / a.
+// The larger probability's power a + b is a factor of both; what is left is exponentials of |r|, and the smaller
+// probability need not be a float.
 struct AlphaBeta {
   static constexpr bool centred = false;
   double alpha, beta, centre;
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
-    const double a = alpha, b = beta, both = a + b;
-    V top = max(p, q);
+    V top = max(p, q), d = abs(r), both = V(alpha + beta);
     auto nothing = is_zero(top);
     auto q_larger = V(0) < r;
-    V log_top = log(select(nothing, V(1), top)), log_other = log_top - abs(r);
-    V log_p = select(q_larger, log_other, log_top), log_q = select(q_larger, log_top, log_other);
-    V of_p = exp(V(both) * log_p), of_q = exp(V(both) * log_q), mixed = exp(V(a) * log_p + V(b) * log_q);
-    auto close = abs(V(both) * r) < V(0.5);
-    V near_f = of_p * (V(b / both) * expm1_tail(V(both) * r) - expm1_tail(V(b) * r));
-    V far_f = V(a / both) * of_p + V(b / both) * of_q - mixed;
-    V near_g = mixed * (V(a) * r + expm1_tail(V(a) * r)), far_g = of_q - mixed;
-    V f = V(1.0 / (a * b)) * select(close, near_f, far_f), g = V(1.0 / a) * select(close, near_g, far_g);
-    return {select(nothing, V(0), f), select(nothing, V(0), g)};
+    V power = exp(both * log(select(nothing, V(1), top)));
+    V u = select(q_larger, V(alpha), V(beta)),
+      v = select(q_larger, V(beta), V(alpha));  // exponents of the smaller, the larger
+    V per_u = select(q_larger, V(1.0 / alpha), V(1.0 / beta)), per_v = select(q_larger, V(1.0 / beta), V(1.0 / alpha));
+    V x = V(0) - u * d, y = V(0) - v * d, e = expm1(x);
+    V of_x = e * per_u, of_y = exp(x) * expm1(y) * per_v;
+    V near = (V(1) + e) * expm1_tail(y) * per_v - expm1_tail(x) * per_u - d * e;
+    V f = V(1.0 / (alpha + beta)) * select(both * d < V(0.5), near, of_y - of_x);
+    V g = select(q_larger, V(0) - of_x, of_y);
+    return {select(nothing, V(0), power * f), select(nothing, V(0), power * g)};
   }
 };
 
@@ -139,10 +157,9 @@ struct Hellinger {
   template <class V>
   DISTIL_FAST_FN Terms<V> operator()(V r, V p, V q) const {
     auto q_larger = V(0) < r;
-    V h = expm1(V(-0.5) * abs(r));  // the ratio of the smaller root to the larger, - 1
-    V top = select(q_larger, q, p);
-    V of_g = select(q_larger, V(0) - h, h * (V(1) + h));
-    return {times(V(0.5) * top, h * h), times(V(0.5) * top, of_g)};
+    V h = V(-0.5) * abs(r), less = expm1(h);  // the smaller root is e^h of the larger
+    V half = V(0.5) * select(q_larger, q, p);
+    return {times(half, less * less), times(half, select(q_larger, V(0) - less, less * exp(h)))};
   }
 };
 

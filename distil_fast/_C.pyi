@@ -11,6 +11,8 @@ Result = tuple[int, int, float, float]  # fault's kind (0: none), row and value;
 # ignore_index, divergence, its parameters, t_squared, label_smoothing, z_loss, teacher_form, transforms, reduction
 RowSettings = tuple[int, int, Sequence[float], bool, float, float, int, Sequence[float], int]
 
+TopK = tuple[int, int, int, float, int, float]  # k, ids, log_probs, tolerance, tail, shift
+
 DIVERGENCES: list[str]
 
 class Buffer(BufferProtocol):
@@ -36,6 +38,7 @@ def row_loss(
     loss: int,
     soft: int,
     hard: int,
+    topk: TopK | None,
     /,
 ) -> Result: ...
 def rescale(shape: Shape, grad: Matrix, factor: float, /) -> None: ...
@@ -52,13 +55,15 @@ def softmax_backward(
     temperature: float,
     /,
 ) -> None: ...
-def cosine_loss(
+def pair_loss(
     shape: Shape,
     student: Matrix,
     teacher: Matrix,
     grad: Matrix | None,
     mask: int,
     mask_is_bool: bool,
+    kind: int,
+    scale: float,
     weight: float,
     count: float,
     reduction: int,
@@ -118,13 +123,15 @@ def cuda_softmax_backward(
     stream: int,
     /,
 ) -> None: ...
-def cuda_cosine_loss(
+def cuda_pair_loss(
     shape: Shape,
     student: Matrix,
     teacher: Matrix,
     grad: Matrix | None,
     mask: int,
     mask_is_bool: bool,
+    kind: int,
+    scale: float,
     weight: Quantity,
     count: Quantity,
     reduction: int,

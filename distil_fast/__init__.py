@@ -1,6 +1,6 @@
 """distil_fast: knowledge-distillation losses in one fused pass, exact, forward and gradient.
 
-`functional` holds the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
+`functional` and `hidden` hold the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
 """
 
 from distil_fast.functional import (
@@ -12,11 +12,17 @@ from distil_fast.functional import (
     softmax,
     triple_loss,
 )
+from distil_fast.hidden import attention_loss, hidden_loss, logit_mse, mse_loss
+from distil_fast.linear import linear_cross_entropy, linear_distillation_loss, linear_divergence_loss
 from distil_fast.modules import (
+    AttentionLoss,
     CosineLoss,
     CrossEntropyLoss,
     DistillationLoss,
     DivergenceLoss,
+    HiddenLoss,
+    HiddenMSELoss,
+    LogitMSELoss,
     TripleLoss,
     VocabParallelCrossEntropyLoss,
     VocabParallelDistillationLoss,
@@ -49,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JSD",
     "AlphaBeta",
+    "AttentionLoss",
     "CosineLoss",
     "CrossEntropyLoss",
     "DistillationLoss",
@@ -56,7 +63,10 @@ __all__ = [
     "ForwardKL",
     "Hellinger",
     "Hidden",
+    "HiddenLoss",
+    "HiddenMSELoss",
     "LogProbs",
+    "LogitMSELoss",
     "LossTerms",
     "Probs",
     "ReverseKL",
@@ -71,11 +81,18 @@ __all__ = [
     "VocabParallelDistillationLoss",
     "VocabParallelDivergenceLoss",
     "VocabParallelLinearDistillationLoss",
+    "attention_loss",
     "cosine_loss",
     "cross_entropy",
     "distillation_loss",
     "divergence_loss",
+    "hidden_loss",
+    "linear_cross_entropy",
+    "linear_distillation_loss",
+    "linear_divergence_loss",
     "log_softmax",
+    "logit_mse",
+    "mse_loss",
     "softmax",
     "triple_loss",
     "vocab_parallel_cross_entropy",

@@ -67,6 +67,77 @@ def _shape_remedy(name: str, student: Tensor, teacher: Tensor) -> str:
     )
 
 
+def _check_plain(name: str, tensor: Tensor) -> None:
+    """A shard of a DTensor is not what its shape says."""
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor. Call the loss inside the forward of the module that FSDP "
+            f"wraps, where its weights are whole, or pass {name}.full_tensor(); for heads sharded along the vocabulary "
+            "use distil_fast.parallel."
+        )
+
+
+def check_head(name: str, hidden: Tensor, weight: object, bias: object) -> None:
+    """Hidden states [..., H] with a head: weights [V, H], bias [V] or None, on one device."""
+    check_values(name, hidden)
+    prefix = name.removesuffix("hidden")
+    for part, tensor, dims in ((f"{prefix}weight", weight, 2), (f"{prefix}bias", bias, 1)):
+        if tensor is None and dims == 1:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{part}: expected a tensor, got {type(tensor).__name__}.")
+        _check_plain(part, tensor)
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{part}: expected a floating-point tensor, got {tensor.dtype}.")
+        expected = ("V", hidden.shape[-1]) if dims == 2 else (weight.shape[0],)  # type: ignore[attr-defined]
+        if tensor.dim() != dims or tensor.shape[-1] != expected[-1] or tensor.shape[0] == 0:
+            raise ValueError(
+                f"{part}: expected shape ({', '.join(map(str, expected))}) beside {name} {tuple(hidden.shape)}, got "
+                f"{tuple(tensor.shape)}."
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(f"{part}: expected {name}'s device {hidden.device}, got {tensor.device}.")
+        if (tensor.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            raise TypeError(
+                f"{part}: expected float64 beside float64 only, got {tensor.dtype} beside {hidden.dtype}. Convert one."
+            )
+
+
+def check_teacher_head(hidden: Tensor, weight: object, bias: object, student: Tensor) -> None:
+    """A teacher's hidden states and head, beside the student's tensor, already checked."""
+    check_head("teacher_hidden", hidden, weight, bias)
+    check_constant("teacher_hidden", hidden)
+    if hidden.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden: expected the student's leading shape {tuple(student.shape[:-1])}, got "
+            f"{tuple(hidden.shape[:-1])}."
+        )
+    if hidden.device != student.device:
+        raise ValueError(f"teacher_hidden: expected the student's device {student.device}, got {hidden.device}.")
+    if (hidden.dtype == torch.float64) != (student.dtype == torch.float64):
+        raise TypeError(
+            f"teacher_hidden: expected float64 beside float64 only, got {hidden.dtype} beside {student.dtype}."
+        )
+
+
+def check_no_head(teacher: object, weight: object, bias: object) -> None:
+    """A teacher that brings its rows, or none, has no head."""
+    if weight is not None or bias is not None:
+        got = "no teacher" if teacher is None else type(teacher).__name__
+        raise ValueError(f"teacher_weight and teacher_bias: expected None beside {got}. Leave them out.")
+
+
+def check_widths(student: int, teacher: int, vocab_size: int | None) -> None:
+    """The heads' vocabularies: equal, or cut by `vocab_size`."""
+    if vocab_size is not None:
+        check_vocab_size(vocab_size, min(student, teacher))
+    elif student != teacher:
+        raise ValueError(
+            f"expected heads of one vocabulary, got {student} columns of the student's and {teacher} of the teacher's. "
+            f"Pass vocab_size, the number of columns that both share (at most {min(student, teacher)})."
+        )
+
+
 def check_labels(labels: object, logits: Tensor) -> None:
     """Labels [...] of logits [..., V]: integers on the same device."""
     if not isinstance(labels, Tensor):
@@ -88,7 +159,7 @@ def check_mask(name: str, mask: object, values: Tensor) -> None:
             "Convert a mask of zeros and ones with .bool()."
         )
     _check_leading(name, mask, values)
-    _check_constant(name, mask)
+    check_constant(name, mask)
 
 
 def _check_leading(name: str, tensor: Tensor, values: Tensor) -> None:
@@ -103,7 +174,7 @@ def _check_leading(name: str, tensor: Tensor, values: Tensor) -> None:
         )
 
 
-def _check_constant(name: str, tensor: Tensor) -> None:
+def check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(f"{name} requires grad, and the loss has no gradient for it. Pass {name}.detach().")
 
@@ -119,6 +190,11 @@ def check_quantity(name: str, quantity: object, values: Tensor) -> float | Tenso
     if quantity.dim() != 0:
         raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(quantity.shape)}.")
     return _checked_scalar(name, quantity, values)
+
+
+def check_count(name: str, count: object, values: Tensor) -> float | Tensor:
+    """A denominator as `check_quantity` has it; None, counted by the kernels, comes back as -1."""
+    return -1.0 if count is None else check_quantity(name, count, values)
 
 
 def check_temperature(temperature: object, values: Tensor) -> float | Tensor:
@@ -148,7 +224,7 @@ def _as_float(name: str, quantity: object) -> float:
 
 
 def _checked_scalar(name: str, tensor: Tensor, values: Tensor) -> Tensor:
-    _check_constant(name, tensor)
+    check_constant(name, tensor)
     if tensor.is_complex():
         raise TypeError(f"{name}: expected a real tensor, got {tensor.dtype}.")
     if tensor.device != values.device:
@@ -211,7 +287,7 @@ def check_class_weights(class_weights: object, values: Tensor, cols: int, label_
             f"class_weights: expected device {values.device}, got {class_weights.device}. "
             f"Move it with .to({str(values.device)!r})."
         )
-    _check_constant("class_weights", class_weights)
+    check_constant("class_weights", class_weights)
     if label_smoothing:
         raise ValueError(
             "class_weights: expected label_smoothing=0 beside them, got both, on whose meaning libraries differ. "
@@ -228,6 +304,39 @@ def check_vocab_size(vocab_size: object, cols: int) -> int:
     if not 1 <= vocab_size <= cols:
         raise ValueError(f"vocab_size: expected 1 to {cols}, the columns that both models have, got {vocab_size}.")
     return vocab_size
+
+
+def check_topk(ids: object, log_probs: object, tail: str, tails: tuple[str, ...], student: Tensor) -> None:
+    """A top-k teacher against the student's logits [..., V]: ids and log-probabilities [..., k], k >= 1."""
+    if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"TopK.ids: expected a tensor of integers, got {got}. Convert them with .long().")
+    if ids.dim() == 0 or ids.shape[:-1] != student.shape[:-1] or ids.shape[-1] == 0:
+        raise ValueError(
+            f"TopK.ids: expected shape {(*student.shape[:-1], 'k')} with k >= 1, the leading shape of student_logits "
+            f"{tuple(student.shape)}, got {tuple(ids.shape)}. Pad rows of fewer entries with -1."
+        )
+    if not isinstance(log_probs, Tensor) or log_probs.dtype not in DTYPES:
+        got = log_probs.dtype if isinstance(log_probs, Tensor) else type(log_probs).__name__
+        raise TypeError(f"TopK.log_probs: expected a floating-point tensor, got {got}.")
+    if log_probs.shape != ids.shape:
+        raise ValueError(
+            f"TopK.log_probs: expected the shape of TopK.ids {tuple(ids.shape)}, got {tuple(log_probs.shape)}."
+        )
+    if log_probs.dtype == torch.float64 and student.dtype != torch.float64:
+        raise TypeError(
+            f"TopK.log_probs: expected float64 beside float64 only, got it beside {student.dtype}. "
+            "Convert them with .float()."
+        )
+    for name, tensor in (("ids", ids), ("log_probs", log_probs)):
+        if tensor.device != student.device:
+            raise ValueError(
+                f"TopK.{name}: expected student_logits' device {student.device}, got {tensor.device}. "
+                f"Move it with .to({str(student.device)!r})."
+            )
+    check_constant("TopK.log_probs", log_probs)
+    if tail not in tails:
+        raise ValueError(f"TopK.tail: expected one of {', '.join(tails)}, got {tail!r}.")
 
 
 def check_ignore_index(ignore_index: object) -> int:

@@ -7,33 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from distil_fast import backends, checks, ops, reference
-from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS
-from distil_fast.options import row_options
-from distil_fast.reference import Divergence, LossTerms, TripleTerms
-from distil_fast.teachers import LogProbs, Probs, Teacher
-
-
-def _backend(values: Tensor, name: str, backend: str | None) -> str:
-    """The name of who serves this call; "reference" is plain torch, the others are kernels."""
-    chosen = backends.choose(values, backend)
-    if (
-        chosen != "reference"
-        and not torch.compiler.is_compiling()
-        and (
-            torch._C._are_functorch_transforms_active()
-            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
-        )
-    ):
-        raise NotImplementedError(
-            f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
-            f"none: leading dimensions are rows. For these use distil_fast.reference.{name}, which is plain torch."
-        )
-    return chosen
+from distil_fast import backends, checks, ops, pairs, reference, reference_topk
+from distil_fast.backends.settings import RowSettings
+from distil_fast.linear import hidden_teacher_loss
+from distil_fast.options import (
+    check_teacher_rows,
+    no_hard_term,
+    no_soft_term,
+    row_options,
+    rows_of,
+    without_teacher_logits,
+)
+from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
+from distil_fast.teachers import Hidden, Teacher, TopK
 
 
 def distillation_loss(
@@ -146,27 +134,6 @@ def distillation_loss(
     )
 
 
-# The options of a row loss that one with a single term does not have.
-_NO_SOFT: dict[str, Any] = {
-    "temperature": 1.0,
-    "soft_weight": 0.0,
-    "soft_mask": None,
-    "soft_count": None,
-    "divergence": "forward_kl",
-    "t_squared": True,
-    "teacher_logit_scale": 1.0,
-    "teacher_softcap": None,
-}
-_NO_HARD: dict[str, Any] = {
-    "hard_weight": None,
-    "hard_count": None,
-    "ignore_index": -100,
-    "label_smoothing": 0.0,
-    "class_weights": None,
-    "z_loss": 0.0,
-}
-
-
 def _row_loss(
     name: str,
     student_logits: Tensor,
@@ -179,22 +146,44 @@ def _row_loss(
 ) -> LossTerms:
     """Any loss over rows of logits; `options` are distillation_loss's, every one of them."""
     checks.check_values("logits" if name == "cross_entropy" else "student_logits", student_logits)
-    teacher, form = teacher_logits, LOGITS
-    if isinstance(teacher_logits, LogProbs):
-        teacher, form = teacher_logits.log_probs, LOG_PROBS
-    elif isinstance(teacher_logits, Probs):
-        teacher, form = teacher_logits.probs, PROBS
-    if teacher is not None:
-        checks.check_pair("logits", student_logits, teacher, options["vocab_size"])
-    assert teacher is None or isinstance(teacher, Tensor)
+    if isinstance(teacher_logits, Hidden):
+        if inplace:
+            raise ValueError("inplace: expected a teacher that brings its rows, got Hidden. Use inplace=False.")
+        return hidden_teacher_loss(student_logits, teacher_logits, labels, backend, options)
+    check_teacher_rows(teacher_logits, student_logits, options["vocab_size"])
+    teacher, _, form = rows_of(teacher_logits)
     scalars, settings = row_options(student_logits, student_logits.shape[-1], labels, teacher_form=form, **options)
     if inplace and settings.reduction == "none":
         raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
-    chosen = _backend(student_logits, name, backend)
+    if isinstance(teacher_logits, TopK):
+        return _topk_loss(name, student_logits, teacher_logits, labels, scalars, settings, inplace, backend, options)
+    chosen = backends.for_call(student_logits, name, backend)
     if chosen == "reference":
         return reference.distillation_loss(student_logits, teacher, labels, teacher_form=form, **options)
     vectors = teacher, labels, options["soft_mask"], options["class_weights"]
     return LossTerms(*ops.row_loss(student_logits, *vectors, scalars, settings._replace(backend=chosen), inplace))
+
+
+def _topk_loss(
+    name: str,
+    student_logits: Tensor,
+    teacher: TopK,
+    labels: Tensor | None,
+    scalars: tuple[float | Tensor, ...],
+    settings: RowSettings,
+    inplace: bool,
+    backend: str | None,
+    options: dict[str, Any],
+) -> LossTerms:
+    """`_row_loss` with a teacher of k columns a row; everything is checked."""
+    ids, log_probs, tail = teacher.ids, teacher.log_probs, teacher.tail
+    chosen = backends.for_call(student_logits, name, backend, "reference_topk.topk_loss")
+    if chosen == "reference":
+        options = without_teacher_logits(options)
+        return reference_topk.topk_loss(student_logits, ids, log_probs, labels, tail=tail, **options)
+    shift = as_divergence(options["divergence"]).shift
+    vectors, settings = (labels, options["soft_mask"], options["class_weights"]), settings._replace(backend=chosen)
+    return LossTerms(*ops.topk_loss(student_logits, ids, log_probs, *vectors, scalars, settings, shift, tail, inplace))
 
 
 def divergence_loss(
@@ -250,7 +239,7 @@ def divergence_loss(
         vocab_size=vocab_size,
         reduction=reduction,
         backend=backend,
-        **_NO_HARD,
+        **no_hard_term(),
     ).loss
 
 
@@ -301,7 +290,7 @@ def cross_entropy(
         vocab_size=vocab_size,
         reduction=reduction,
         backend=backend,
-        **_NO_SOFT,
+        **no_soft_term(),
     ).loss
 
 
@@ -327,7 +316,7 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0, *, backend: s
 def _softmax(name: str, logits: Tensor, temperature: float | Tensor, backend: str | None) -> Tensor:
     checks.check_values("logits", logits)
     temperature = checks.check_temperature(temperature, logits)
-    chosen = _backend(logits, name, backend)
+    chosen = backends.for_call(logits, name, backend)
     if chosen == "reference":
         return getattr(reference, name)(logits, temperature)
     return ops.softmax(logits, temperature, name == "log_softmax", chosen)
@@ -362,30 +351,9 @@ def cosine_loss(
     Raises:
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
-    return _weighted_cosine(student_hidden, teacher_hidden, mask, 1.0, count, reduction, backend)[0]
-
-
-def _weighted_cosine(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    mask: Any,
-    weight: Any,
-    count: Any,
-    reduction: str,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The cosine loss times a weight, and before it."""
-    checks.check_values("student_hidden", student_hidden)
-    checks.check_pair("hidden", student_hidden, teacher_hidden)
-    checks.check_reduction(reduction, count=count)
-    checks.check_mask("mask", mask, student_hidden)
-    weight = checks.check_quantity("weight", weight, student_hidden)
-    number = -1.0 if count is None else checks.check_quantity("count", count, student_hidden)
-    chosen = _backend(student_hidden, "cosine_loss", backend)
-    if chosen == "reference":
-        term = reference.cosine_loss(student_hidden, teacher_hidden, mask, count, reduction)
-        return weight * term, term.detach()
-    return ops.cosine_loss(student_hidden, teacher_hidden, mask, weight, number, reduction, chosen)
+    return pairs.compare(
+        "cosine_loss", "cosine", "hidden", student_hidden, teacher_hidden, mask, count, reduction, backend
+    )[0]
 
 
 def triple_loss(
@@ -438,7 +406,8 @@ def triple_loss(
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}.")
     attention = attention_mask.bool()
-    cos_loss, cos = _weighted_cosine(student_hidden, teacher_hidden, attention, alpha_cos, cos_count, "mean", backend)
+    pair = student_hidden, teacher_hidden, attention, cos_count
+    cos_loss, cos = pairs.compare("cosine_loss", "cosine", "hidden", *pair, "mean", backend, weight=alpha_cos)
     terms = distillation_loss(
         student_logits,
         teacher_logits,

@@ -1,15 +1,16 @@
-"""The public functions as nn.Modules: settings in the constructor, tensors in forward. No parameters, no state.
+"""The public functions as nn.Modules: settings in the constructor, tensors in forward. No state but HiddenLoss' layers.
 
-They know nothing that functional.py does not; arguments, formulae and errors are documented there.
+They know nothing that functional.py and hidden.py do not; arguments, formulae and errors are documented there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from distil_fast import functional, parallel
+from distil_fast import functional, hidden, parallel
 from distil_fast.reference import Divergence, LossTerms, TripleTerms
 
 
@@ -128,6 +129,109 @@ class CosineLoss(_Loss):
         count: float | Tensor | None = None,
     ) -> Tensor:
         return functional.cosine_loss(student_hidden, teacher_hidden, mask, count, **self.settings)
+
+
+class HiddenMSELoss(_Loss):
+    """`distil_fast.mse_loss` as a module."""
+
+    def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
+        super().__init__(reduction=reduction, backend=backend)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        mask: Tensor | None = None,
+        count: float | Tensor | None = None,
+    ) -> Tensor:
+        return hidden.mse_loss(student_hidden, teacher_hidden, mask, count, **self.settings)
+
+
+class LogitMSELoss(_Loss):
+    """`distil_fast.logit_mse` as a module."""
+
+    def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
+        super().__init__(reduction=reduction, backend=backend)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None = None,
+        count: float | Tensor | None = None,
+    ) -> Tensor:
+        return hidden.logit_mse(student_logits, teacher_logits, mask, count, **self.settings)
+
+
+class HiddenLoss(_Loss):
+    """`distil_fast.hidden_loss` as a module, which owns the projections where the widths differ.
+
+    Args:
+        student_width, teacher_width: with both, each pair of layers has an `nn.Linear(student_width, teacher_width)` in
+            `projections`, to be trained with the student; needs a layer map, which says how many. None: no projections.
+        layer_map, kind, layer_weights, backend: as in `distil_fast.hidden_loss`.
+
+    Raises:
+        ValueError: one width without the other, or widths without a layer map.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_map: Sequence[tuple[int, int]] | None = None,
+        kind: str = "cosine",
+        layer_weights: Sequence[float | Tensor] | None = None,
+        student_width: int | None = None,
+        teacher_width: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(layer_map=layer_map, kind=kind, layer_weights=layer_weights, backend=backend)
+        self.projections: nn.ModuleList | None = None
+        if student_width is None and teacher_width is None:
+            return
+        if student_width is None or teacher_width is None or layer_map is None:
+            raise ValueError(
+                "student_width, teacher_width and layer_map: expected all three, or no widths, got "
+                f"{student_width}, {teacher_width} and {layer_map}: each pair of layers has a projection of its own."
+            )
+        self.projections = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in layer_map)
+
+    def forward(
+        self,
+        student_states: Sequence[Tensor],
+        teacher_states: Sequence[Tensor],
+        mask: Tensor | None = None,
+        *,
+        count: float | Tensor | None = None,
+    ) -> Tensor:
+        return hidden.hidden_loss(
+            student_states, teacher_states, mask, projections=self.projections, count=count, **self.settings
+        )
+
+
+class AttentionLoss(_Loss):
+    """`distil_fast.attention_loss` as a module."""
+
+    def __init__(
+        self,
+        *,
+        layer_map: Sequence[tuple[int, int]] | None = None,
+        kind: str = "mse",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(layer_map=layer_map, kind=kind, backend=backend)
+
+    def forward(
+        self,
+        student_attentions: Sequence[Tensor],
+        teacher_attentions: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        count: float | Tensor | None = None,
+    ) -> Tensor:
+        return hidden.attention_loss(
+            student_attentions, teacher_attentions, attention_mask, count=count, **self.settings
+        )
 
 
 class TripleLoss(_Loss):

@@ -26,15 +26,19 @@ _SCALARS = (
     "Tensor? temperature, Tensor? soft_weight, Tensor? hard_weight, Tensor? soft_count, Tensor? hard_count, "
     "float[] numbers"
 )
-_ROW = f"Tensor? teacher, Tensor? labels, Tensor? soft_mask, Tensor? class_weights, {_SCALARS}, {SCHEMA}"
-_TAIL = "float[] numbers, str reduction, str backend"
-_COSINE = f"Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, {_TAIL}"
+_VECTORS = "Tensor? labels, Tensor? soft_mask, Tensor? class_weights"
+_ROW = f"Tensor? teacher, {_VECTORS}, {_SCALARS}, {SCHEMA}"
+_TOPK = f"Tensor ids, Tensor log_probs, {_VECTORS}, {_SCALARS}, float shift, str tail, {SCHEMA}"
+_TAIL = "float[] numbers, str kind, float scale, str reduction, str backend"
+_PAIR = f"Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, Tensor? count, {_TAIL}"
 
 _lib = torch.library.Library("distil_fast", "DEF")
 _lib.define(f"row_loss(Tensor student, {_ROW}) -> (Tensor, Tensor, Tensor)")
 _lib.define(f"row_loss_backward(Tensor upstream, Tensor student, {_ROW}) -> Tensor")
-_lib.define(f"cosine_loss({_COSINE}) -> (Tensor, Tensor)")
-_lib.define(f"cosine_loss_backward(Tensor upstream, {_COSINE}) -> Tensor")
+_lib.define(f"topk_loss(Tensor student, {_TOPK}) -> (Tensor, Tensor, Tensor)")
+_lib.define(f"topk_loss_backward(Tensor upstream, Tensor student, {_TOPK}) -> Tensor")
+_lib.define(f"pair_loss({_PAIR}) -> (Tensor, Tensor)")
+_lib.define(f"pair_loss_backward(Tensor upstream, {_PAIR}) -> Tensor")
 _lib.define("softmax(Tensor logits, Tensor? temperature, float number, bool logarithm, str backend) -> Tensor")
 _lib.define(
     "softmax_backward(Tensor out, Tensor grad_out, Tensor? temperature, float number, bool logarithm, str backend) "
@@ -52,37 +56,50 @@ def _split(scalars: tuple[Scalar, ...]) -> tuple[list[Tensor | None], list[float
     return tensors, [-1.0 if isinstance(s, Tensor) else s for s in scalars]
 
 
-def _rows(student: Tensor, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
-    """The row loss by its backend, from a schema's arguments."""
-    vectors, tensors, settings = args[:4], args[4:9], RowSettings(*args[10:])
-    scalars = _paired(tensors, args[9])
-    return backends.module(settings.backend).row_loss(student, *vectors, *scalars, settings, **how)
+# How many tensors beside the student a loss over rows of logits has, before its five scalars.
+_BESIDE = {"row_loss": 4, "topk_loss": 5}
+
+
+def _rows(name: str, student: Tensor, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
+    """A loss over rows of logits by its backend, from its schema's arguments."""
+    tensors, numbers, more = _BESIDE[name], _BESIDE[name] + 5, len(args) - len(RowSettings._fields)
+    settings = RowSettings(*args[more:])
+    scalars = _paired(args[tensors:numbers], args[numbers])
+    kernel = getattr(backends.module(settings.backend), name)
+    out: tuple[Any, ...] = kernel(student, *args[:tensors], *scalars, settings, *args[numbers + 1 : more], **how)
+    return out
 
 
 def _row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _rows(student, args)[:3]
+    return _rows("row_loss", student, args)[:3]
 
 
 def _row_loss_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor:
-    grad: Tensor = _rows(student, args, gradient="fresh", upstream=upstream)[3]
+    grad: Tensor = _rows("row_loss", student, args, gradient="fresh", upstream=upstream)[3]
     return grad
 
 
-def _cosine(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, args: tuple[Any, ...], **how: Any
-) -> tuple[Any, ...]:
-    *scalars, numbers, reduction, backend = args
-    return backends.module(backend).cosine_loss(student, teacher, mask, *_paired(scalars, numbers), reduction, **how)
+def _topk_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _rows("topk_loss", student, args)[:3]
 
 
-def _cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return _cosine(student, teacher, mask, args)[:2]
+def _topk_loss_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor:
+    grad: Tensor = _rows("topk_loss", student, args, gradient="fresh", upstream=upstream)[3]
+    return grad
 
 
-def _cosine_loss_backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any
-) -> Tensor:
-    grad: Tensor = _cosine(student, teacher, mask, args, gradient=True, upstream=upstream)[2]
+def _pair(student: Tensor, teacher: Tensor, mask: Tensor | None, args: tuple[Any, ...], **how: Any) -> tuple[Any, ...]:
+    *scalars, numbers, kind, scale, reduction, backend = args
+    settings = *_paired(scalars, numbers), kind, scale, reduction
+    return backends.module(backend).pair_loss(student, teacher, mask, *settings, **how)
+
+
+def _pair_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    return _pair(student, teacher, mask, args)[:2]
+
+
+def _pair_loss_backward(upstream: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    grad: Tensor = _pair(student, teacher, mask, args, gradient=True, upstream=upstream)[2]
     return grad
 
 
@@ -111,7 +128,7 @@ def _fake_row_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_terms(student, args[-2], 3)
 
 
-def _fake_cosine_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_pair_loss(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_terms(student, args[-2], 2)
 
 
@@ -126,8 +143,10 @@ def _fake_rows_like_first(values: Tensor, *args: Any) -> Tensor:
 for _name, _implementation, _fake in (
     ("row_loss", _row_loss, _fake_row_loss),
     ("row_loss_backward", _row_loss_backward, _fake_rows_like_second),
-    ("cosine_loss", _cosine_loss, _fake_cosine_loss),
-    ("cosine_loss_backward", _cosine_loss_backward, _fake_rows_like_second),
+    ("topk_loss", _topk_loss, _fake_row_loss),
+    ("topk_loss_backward", _topk_loss_backward, _fake_rows_like_second),
+    ("pair_loss", _pair_loss, _fake_pair_loss),
+    ("pair_loss_backward", _pair_loss_backward, _fake_rows_like_second),
     ("softmax", _softmax, _fake_rows_like_first),
     ("softmax_backward", _softmax_backward, _fake_rows_like_first),
 ):
@@ -196,10 +215,12 @@ class _StoredRowLoss(torch.autograd.Function):
     """Gradient in forward, applied in backward: three elements of traffic per logit pair where grad_output is 1."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, inplace: bool, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        ctx.kernels = backends.module(args[-1].backend)
+    def forward(
+        ctx: Any, student: Tensor, inplace: bool, backend: str, name: str, args: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        ctx.kernels = backends.module(backend)
         how = "inplace" if inplace else "fresh"
-        loss, soft, hard, grad, ctx.unit = ctx.kernels.row_loss(student, *args, gradient=how)
+        loss, soft, hard, grad, ctx.unit = getattr(ctx.kernels, name)(student, *args, gradient=how)
         if inplace:
             torch.autograd.graph.increment_version(student)
             grad = student.detach()
@@ -214,7 +235,7 @@ class _StoredRowLoss(torch.autograd.Function):
         if grad is None:
             raise RuntimeError(_USED_UP)
         ctx.kernels.rescale(grad, grads[0], ctx.unit)
-        return _final(grad), None, None
+        return _final(grad), None, None, None, None
 
 
 class _RecomputedRowLoss(torch.autograd.Function):
@@ -222,10 +243,14 @@ class _RecomputedRowLoss(torch.autograd.Function):
     grad_output to a stored gradient would cost a second [rows, V] buffer."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        loss, soft, hard = (_row_loss if _direct(student) else _ops.row_loss)(student, *args)
-        _keep(ctx, student, *args[:9])
-        ctx.settings = args[9:]
+    def forward(ctx: Any, student: Tensor, name: str, *args: Any) -> tuple[Tensor, ...]:
+        if _direct(student):
+            loss, soft, hard = _rows(name, student, args)[:3]
+        else:
+            loss, soft, hard = getattr(_ops, name)(student, *args)
+        tensors = _BESIDE[name] + 5
+        _keep(ctx, student, *args[:tensors])
+        ctx.name, ctx.settings = name, args[tensors:]
         ctx.mark_non_differentiable(soft, hard)
         return loss, soft, hard
 
@@ -233,8 +258,37 @@ class _RecomputedRowLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         student, *tensors = _kept(ctx)
         assert student is not None
-        compute = _row_loss_backward if _direct(student) else _ops.row_loss_backward
-        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * (9 + len(ctx.settings))
+        student, args = student.detach(), (*tensors, *ctx.settings)
+        if _direct(student):
+            grad = _rows(ctx.name, student, args, gradient="fresh", upstream=grads[0])[3]
+        else:
+            grad = getattr(_ops, f"{ctx.name}_backward")(grads[0], student, *args)
+        return _final(grad), None, *(None for _ in args)
+
+
+def _by_rows(
+    name: str,
+    student: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    scalars: tuple[Scalar, ...],
+    settings: RowSettings,
+    more: tuple[Any, ...],
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss over rows of logits, in the way that suits who looks on. more: what its kernels take behind settings."""
+    direct = _direct(student)
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    if direct and not (needs_grad and settings.reduction == "none"):
+        args = *vectors, *scalars, settings, *more
+        if needs_grad:
+            return _StoredRowLoss.apply(student, inplace, settings.backend, name, args)
+        out: tuple[Tensor, Tensor, Tensor] = getattr(backends.module(settings.backend), name)(student, *args)[:3]
+        return out
+    tensors, numbers = _split(scalars)
+    args = *vectors, *tensors, numbers, *more, *settings
+    if not needs_grad:
+        return getattr(_ops, name)(student, *args)
+    return _RecomputedRowLoss.apply(student, name, *args)
 
 
 def row_loss(
@@ -248,27 +302,36 @@ def row_loss(
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and its two terms. scalars: temperature, weights, counts (-1: counted)."""
-    direct = _direct(student)
-    needs_grad = student.requires_grad and torch.is_grad_enabled()
     vectors = teacher, labels, soft_mask, class_weights
-    if direct and not (needs_grad and settings.reduction == "none"):
-        if needs_grad:
-            return _StoredRowLoss.apply(student, inplace, (*vectors, *scalars, settings))
-        return backends.module(settings.backend).row_loss(student, *vectors, *scalars, settings)[:3]
-    tensors, numbers = _split(scalars)
-    if not needs_grad:
-        return _ops.row_loss(student, *vectors, *tensors, numbers, *settings)
-    return _RecomputedRowLoss.apply(student, *vectors, *tensors, numbers, *settings)
+    return _by_rows("row_loss", student, vectors, scalars, settings, (), inplace)
 
 
-class _StoredCosineLoss(torch.autograd.Function):
+def topk_loss(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    class_weights: Tensor | None,
+    scalars: tuple[Scalar, ...],
+    settings: RowSettings,
+    shift: float,
+    tail: str,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`row_loss` with a teacher of k columns a row; shift: the divergence's."""
+    vectors = ids, log_probs, labels, soft_mask, class_weights
+    return _by_rows("topk_loss", student, vectors, scalars, settings, (shift, tail), inplace)
+
+
+class _StoredPairLoss(torch.autograd.Function):
     """Gradient in forward, applied in backward."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         *rest, backend = args
         ctx.kernels = backends.module(backend)
-        loss, term, ctx.grad, ctx.unit = ctx.kernels.cosine_loss(student, *rest, gradient=True)
+        loss, term, ctx.grad, ctx.unit = ctx.kernels.pair_loss(student, *rest, gradient=True)
         ctx.mark_non_differentiable(term)
         ctx.set_materialize_grads(False)
         return loss, term
@@ -282,12 +345,12 @@ class _StoredCosineLoss(torch.autograd.Function):
         return _final(grad), None
 
 
-class _RecomputedCosineLoss(torch.autograd.Function):
-    """Gradient in backward, from the hidden states."""
+class _RecomputedPairLoss(torch.autograd.Function):
+    """Gradient in backward, from the two tensors."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        loss, term = (_cosine_loss if _direct(student) else _ops.cosine_loss)(student, *args)
+        loss, term = (_pair_loss if _direct(student) else _ops.pair_loss)(student, *args)
         _keep(ctx, student, *args[:4])
         ctx.settings = args[4:]
         ctx.mark_non_differentiable(term)
@@ -297,24 +360,26 @@ class _RecomputedCosineLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         student, *tensors = _kept(ctx)
         assert student is not None
-        compute = _cosine_loss_backward if _direct(student) else _ops.cosine_loss_backward
-        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 7
+        compute = _pair_loss_backward if _direct(student) else _ops.pair_loss_backward
+        return _final(compute(grads[0], student.detach(), *tensors, *ctx.settings)), *(None,) * 9
 
 
-def cosine_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Scalar, count: Scalar, reduction: str, backend: str
+def pair_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Scalar, count: Scalar, settings: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss and the term before its weight; count -1: counted."""
+    """The weighted loss and the term before its weight; count -1: counted; settings: the schema's tail."""
     direct = _direct(student)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
-    if direct and not (needs_grad and reduction == "none"):
+    if direct and not (needs_grad and settings[-2] == "none"):
+        args = (teacher, mask, weight, count, *settings)
         if needs_grad:
-            return _StoredCosineLoss.apply(student, (teacher, mask, weight, count, reduction, backend))
-        return backends.module(backend).cosine_loss(student, teacher, mask, weight, count, reduction)[:2]
+            return _StoredPairLoss.apply(student, args)
+        *rest, backend = args
+        return backends.module(backend).pair_loss(student, *rest)[:2]
     tensors, numbers = _split((weight, count))
     if needs_grad:
-        return _RecomputedCosineLoss.apply(student, teacher, mask, *tensors, numbers, reduction, backend)
-    return _ops.cosine_loss(student, teacher, mask, *tensors, numbers, reduction, backend)
+        return _RecomputedPairLoss.apply(student, teacher, mask, *tensors, numbers, *settings)
+    return _ops.pair_loss(student, teacher, mask, *tensors, numbers, *settings)
 
 
 class _Softmax(torch.autograd.Function):

@@ -6,13 +6,14 @@ functional.py and linear.py, which call it; backends/settings.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from distil_fast import checks
-from distil_fast.backends.settings import LOGITS, RowSettings
+from distil_fast.backends.settings import LOG_PROBS, LOGITS, PROBS, TAILS, RowSettings
 from distil_fast.reference import Divergence, as_divergence
+from distil_fast.teachers import Hidden, LogProbs, Probs, Teacher, TopK
 
 Scalar = float | Tensor
 
@@ -22,10 +23,6 @@ class RowOptions(NamedTuple):
 
     scalars: tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
     settings: RowSettings
-
-
-def _count(name: str, count: object, values: Tensor) -> Scalar:
-    return -1.0 if count is None else checks.check_quantity(name, count, values)
 
 
 def _transform(model: str, scale: float, softcap: float | None) -> tuple[float, float]:
@@ -93,8 +90,8 @@ def row_options(
         checks.check_temperature(temperature, values),
         checks.check_quantity("soft_weight", soft_weight, values),
         hard_weight,
-        _count("soft_count", soft_count, values),
-        _count("hard_count", hard_count, values),
+        checks.check_count("soft_count", soft_count, values),
+        checks.check_count("hard_count", hard_count, values),
     )
     settings = RowSettings(
         checks.check_ignore_index(ignore_index),
@@ -109,3 +106,59 @@ def row_options(
         reduction,
     )
     return RowOptions(scalars, settings)
+
+
+def rows_of(teacher: Tensor | Teacher | None) -> tuple[Tensor | None, Tensor | None, str]:
+    """What a teacher brings for each row: values, the ids of a top-k one, and the form of the values."""
+    if isinstance(teacher, LogProbs):
+        return teacher.log_probs, None, LOG_PROBS
+    if isinstance(teacher, Probs):
+        return teacher.probs, None, PROBS
+    if isinstance(teacher, TopK):
+        return teacher.log_probs, teacher.ids, LOG_PROBS
+    if isinstance(teacher, Hidden):
+        return teacher.hidden, None, LOGITS
+    return teacher, None, LOGITS
+
+
+def check_teacher_rows(teacher: Tensor | Teacher | None, student_logits: Tensor, vocab_size: int | None) -> None:
+    """A teacher that brings a tensor for each row of logits, or none.
+
+    Raises:
+        ValueError, TypeError: expected, got, remedy.
+    """
+    if isinstance(teacher, TopK):
+        checks.check_topk(teacher.ids, teacher.log_probs, teacher.tail, TAILS, student_logits)
+    elif teacher is not None:
+        checks.check_pair("logits", student_logits, rows_of(teacher)[0], vocab_size)
+
+
+def no_soft_term() -> dict[str, Any]:
+    """The options of the soft term, for a loss that has none."""
+    return {
+        "temperature": 1.0,
+        "soft_weight": 0.0,
+        "soft_mask": None,
+        "soft_count": None,
+        "divergence": "forward_kl",
+        "t_squared": True,
+        "teacher_logit_scale": 1.0,
+        "teacher_softcap": None,
+    }
+
+
+def no_hard_term() -> dict[str, Any]:
+    """The options of the hard term, for a loss that has none."""
+    return {
+        "hard_weight": None,
+        "hard_count": None,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "class_weights": None,
+        "z_loss": 0.0,
+    }
+
+
+def without_teacher_logits(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a teacher without logits leaves."""
+    return {name: value for name, value in options.items() if not name.startswith("teacher_")}

@@ -7,13 +7,25 @@ rounding of any autograd formula. Next: docs/math.md for the derivations, csrc/d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-Number: TypeAlias = "float | Tensor"
+from distil_fast.reference_pairs import Number as Number
+from distil_fast.reference_pairs import attention_loss as attention_loss
+from distil_fast.reference_pairs import cosine_loss as cosine_loss
+from distil_fast.reference_pairs import hidden_loss as hidden_loss
+from distil_fast.reference_pairs import logit_mse as logit_mse
+from distil_fast.reference_pairs import mse_loss as mse_loss
+from distil_fast.reference_pairs import pair_loss as pair_loss
+from distil_fast.reference_pairs import reduce as _reduce
+from distil_fast.reference_pairs import share as _share
+from distil_fast.reference_pairs import times as _times
+from distil_fast.reference_pairs import used_rows_only as _used_rows_only
+from distil_fast.reference_pairs import working as _working
 
 
 class LossTerms(NamedTuple):
@@ -36,12 +48,6 @@ class TripleTerms(NamedTuple):
 # ---------------------------------------------------------------------------------------------- divergences
 # A divergence is D = sum_j f_j, f_j a function of log p, log q, r = log q - log p, p and q, with p the teacher's
 # probability and q the student's. Here autograd derives the gradient; the kernels' twins state it as a second term.
-
-
-def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor, where a weight of 0 wins over an infinite factor, in the gradient too."""
-    vanished = weight == 0
-    return torch.where(vanished, 0.0, weight * torch.where(vanished, 0.0, factor))
 
 
 def _log_mixed(weight: float, r: Tensor) -> Tensor:
@@ -307,11 +313,6 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def _working(logits: Tensor) -> Tensor:
-    """The logits in the precision of the sums: float64 stays, everything else becomes float32."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _transformed(logits: Tensor, scale: float, cap: float) -> Tensor:
     """cap tanh(scale logits / cap), or scale logits where cap is 0; -inf, a masked column, stays."""
     if cap:
@@ -352,27 +353,10 @@ def _hard_rows(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: f
     return loss + z_loss * lse.square() if z_loss else loss
 
 
-def _used_rows_only(tensor: Tensor, used: Tensor) -> Tensor:
-    """Unused rows become zeros, so that whatever they hold (nan, inf) reaches neither value nor gradient."""
-    return torch.where(used.unsqueeze(-1), tensor, 0.0)
-
-
-def _share(rows: Tensor, count: Number | None, reduction: str) -> Tensor:
-    """Each row's share in its term: rows / denominator, where the default denominator is the sum of the rows."""
-    if reduction != "mean":
-        return rows
-    count = rows.sum() if count is None else torch.as_tensor(count, dtype=rows.dtype, device=rows.device)
-    return torch.where(count == 0, 0.0, rows / torch.where(count == 0, 1.0, count))
-
-
-def _reduce(rows: Tensor, reduction: str) -> Tensor:
-    return rows if reduction == "none" else rows.sum()
-
-
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None = None,
+def two_terms(
+    student: Tensor,
+    soft_rows: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    labels: Tensor | None,
     *,
     temperature: Number = 2.0,
     soft_weight: Number = 1.0,
@@ -381,24 +365,17 @@ def distillation_loss(
     soft_count: Number | None = None,
     hard_count: Number | None = None,
     ignore_index: int = -100,
-    divergence: str | Divergence = "forward_kl",
     t_squared: bool = True,
     label_smoothing: float = 0.0,
     class_weights: Tensor | None = None,
     z_loss: float = 0.0,
-    student_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    vocab_size: int | None = None,
-    teacher_form: str = "logits",
     reduction: str = "mean",
 ) -> LossTerms:
-    """`distil_fast.distillation_loss` in plain torch; the arguments mean the same (`inplace` does not exist here).
+    """Soft and hard term of rows of logits: masks, denominators and weights, whatever the soft term is.
 
-    teacher_form says what `teacher_logits` holds: "logits", "log_probs" or "probs".
+    soft_rows(student, used, temperature) is the soft term of each row; `used` says which rows count, and the others'
+    logits are zeros, their temperatures 1.
     """
-    student = _transformed(_working(student_logits)[..., :vocab_size], student_logit_scale, student_softcap or 0.0)
     leading = student.shape[:-1]
     zero = student.new_zeros(leading)
     hard_weight = (0.0 if labels is None else 1.0) if hard_weight is None else hard_weight
@@ -407,20 +384,13 @@ def distillation_loss(
     )
 
     soft, soft_share = zero, zero
-    if teacher_logits is not None:
+    if soft_rows is not None:
         temperature = torch.as_tensor(temperature, dtype=student.dtype, device=student.device).expand(leading)
         rows = zero + 1.0 if soft_mask is None else soft_mask.to(student.dtype)
         soft_share = _share(rows, soft_count, reduction) * (soft_weight != 0)
         used = soft_share != 0
         temperature = torch.where(used, temperature, 1.0)
-        teacher = _used_rows_only(_working(teacher_logits).to(student.dtype)[..., :vocab_size], used)
-        teacher = _transformed(teacher, teacher_logit_scale, teacher_softcap or 0.0)
-        soft = _divergence_rows(
-            _used_rows_only(student, used),
-            _as_logits(teacher, teacher_form, temperature),
-            temperature,
-            as_divergence(divergence),
-        )
+        soft = soft_rows(_used_rows_only(student, used), used, temperature)
         soft_share = soft_share * temperature**2 if t_squared else soft_share
         soft_share = torch.where(used, soft_share, 0.0)
 
@@ -437,6 +407,66 @@ def distillation_loss(
     soft, hard = _times(soft_share, soft), _times(hard_share, hard)
     loss = _reduce(soft_weight * soft + hard_weight * hard, reduction)
     return LossTerms(loss, _reduce(soft, reduction).detach(), _reduce(hard, reduction).detach())
+
+
+def student_rows(logits: Tensor, vocab_size: int | None, scale: float, softcap: float | None) -> Tensor:
+    """The student's logits as both terms see them: cut, scaled and capped, in the precision of the sums."""
+    return _transformed(_working(logits)[..., :vocab_size], scale, softcap or 0.0)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: Number = 2.0,
+    divergence: str | Divergence = "forward_kl",
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    teacher_form: str = "logits",
+    **options: Any,
+) -> LossTerms:
+    """`distil_fast.distillation_loss` in plain torch; the arguments mean the same (`inplace` does not exist here).
+
+    teacher_form says what `teacher_logits` holds: "logits", "log_probs" or "probs".
+    """
+    student = student_rows(student_logits, vocab_size, student_logit_scale, student_softcap)
+    if teacher_logits is None:
+        return two_terms(student, None, labels, **options)
+    given = _working(teacher_logits).to(student.dtype)[..., :vocab_size]
+
+    def soft_rows(student: Tensor, used: Tensor, temperature: Tensor) -> Tensor:
+        teacher = _transformed(_used_rows_only(given, used), teacher_logit_scale, teacher_softcap or 0.0)
+        return _divergence_rows(
+            student, _as_logits(teacher, teacher_form, temperature), temperature, as_divergence(divergence)
+        )
+
+    return two_terms(student, soft_rows, labels, temperature=temperature, **options)
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden weight^T + bias, in float32 at least."""
+    hidden = _working(hidden)
+    return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    **options: Any,
+) -> LossTerms:
+    """`distil_fast.linear_distillation_loss` in plain torch, with the whole logits; `options`: distillation_loss's."""
+    student = head_logits(student_hidden, student_weight, student_bias)
+    return distillation_loss(student, head_logits(teacher_hidden, teacher_weight, teacher_bias), labels, **options)
 
 
 def divergence_loss(
@@ -496,26 +526,7 @@ def log_softmax(logits: Tensor, temperature: Number = 1.0) -> Tensor:
     return (values / (temperature.unsqueeze(-1) if temperature.dim() else temperature)).log_softmax(-1).to(logits.dtype)
 
 
-# ---------------------------------------------------------------------------------------------- hidden states
-
-COSINE_EPS = 1e-12  # added to both squared norms, as ATen's cosine_embedding_loss does
-
-
-def cosine_loss(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    mask: Tensor | None = None,
-    count: Number | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """`distil_fast.cosine_loss` in plain torch."""
-    student = _working(student_hidden)
-    rows = student.new_ones(student.shape[:-1]) if mask is None else mask.to(student.dtype)
-    share = _share(rows, count, reduction)
-    student = _used_rows_only(student, share != 0)
-    teacher = _used_rows_only(_working(teacher_hidden).to(student.dtype), share != 0)
-    squares = (student.square().sum(-1) + COSINE_EPS) * (teacher.square().sum(-1) + COSINE_EPS)
-    return _reduce(_times(share, 1.0 - (student * teacher).sum(-1) / squares.sqrt()), reduction)
+# ---------------------------------------------------------------------------------------------- both together
 
 
 def triple_loss(

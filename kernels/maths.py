@@ -30,22 +30,32 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for -1 < x, finite: 1 + x = 2^e (1 + z) with |z| < 0.42, a polynomial in z, and what 1 + x lost."""
-    y = tl.maximum(1.0 + x, 1e-30)
+def log1p_tail(x):
+    """log1p(x) - x for sqrt(1/2) - 1 <= x < sqrt(2) - 1; its error relative to itself is 4e-7."""
+    poly = -0.07634438 * x + 0.12761563
+    poly = poly * x - 0.13160197
+    poly = poly * x + 0.1420176
+    poly = poly * x - 0.16623355
+    poly = poly * x + 0.20001227
+    poly = poly * x - 0.25000823
+    poly = poly * x + 0.3333333
+    return poly * x * (x * x) - 0.5 * x * x
+
+
+@triton.jit
+def log(y, relative_lost=0.0):
+    """log(y + lost) for normal y > 0: y = 2^e (1 + z) with |z| < 0.42, a polynomial in z, and what y has lost."""
     bits = y.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
     z = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
-    poly = -0.07634438 * z + 0.12761563
-    poly = poly * z - 0.13160197
-    poly = poly * z + 0.1420176
-    poly = poly * z - 0.16623355
-    poly = poly * z + 0.20001227
-    poly = poly * z - 0.25000823
-    poly = poly * z + 0.3333333
-    tail = poly * z * (z * z) - 0.5 * z * z
-    lost = (x - (y - 1.0)) / y
-    return e.to(tl.float32) * LN2 + (z + (tail + lost))
+    return e.to(tl.float32) * LN2 + (z + (log1p_tail(z) + relative_lost))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for -1 < x, finite."""
+    y = tl.maximum(1.0 + x, 1e-30)
+    return log(y, (x - (y - 1.0)) / y)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_fast import JSD
+from distil_fast import JSD, TopK, reference, reference_topk
 
 
 class Batch(NamedTuple):
@@ -59,6 +59,15 @@ def as_double(batch: Batch) -> Batch:
 Call = Callable[[Any, Batch], Any]  # of the package or its reference, and a batch
 
 
+def topk_loss(f: Any, b: Batch, tail: str = "bucket", **settings: Any) -> Any:
+    """distillation_loss with the teacher's top 5, ragged; of the reference, the function that defines it."""
+    teacher = TopK.from_logits(b.teacher_logits, 5, settings.get("temperature", 2.0), tail)
+    ids = teacher.ids.masked_fill((teacher.ids % 3 == 1) & (teacher.log_probs < -2.0), -1)
+    if f is reference:
+        return reference_topk.topk_loss(b.student_logits, ids, teacher.log_probs, b.labels, tail=tail, **settings)
+    return f.distillation_loss(b.student_logits, TopK(ids, teacher.log_probs, tail), b.labels, **settings)
+
+
 def _row_calls(reduction: str) -> dict[str, Call]:
     return {
         "distillation": lambda f, b: f.distillation_loss(
@@ -82,12 +91,24 @@ def _row_calls(reduction: str) -> dict[str, Call]:
             b.student_logits, b.teacher_logits, divergence="reverse_kl", mask=b.attention_mask, reduction=reduction
         ),
         "cross_entropy": lambda f, b: f.cross_entropy(b.student_logits, b.labels, reduction=reduction),
+        "topk": lambda f, b: topk_loss(
+            f,
+            b,
+            temperature=b.temperatures,
+            soft_weight=b.token_weights.new_tensor(0.25),
+            soft_mask=b.token_weights,
+            label_smoothing=0.1,
+            reduction=reduction,
+        ),
         "cosine": lambda f, b: f.cosine_loss(b.student_hidden, b.teacher_hidden, b.attention_mask, reduction=reduction),
+        "mse": lambda f, b: f.mse_loss(b.student_hidden, b.teacher_hidden, b.token_weights, reduction=reduction),
     }
 
 
 CALLS: dict[str, Call] = {
     **{f"{name}-{reduction}": c for reduction in ("mean", "sum", "none") for name, c in _row_calls(reduction).items()},
+    "topk-renormalise": lambda f, b: topk_loss(f, b, "renormalise", divergence="reverse_kl", hard_weight=0.5),
+    "topk-ignore": lambda f, b: topk_loss(f, b, "ignore", divergence=JSD(0.2), temperature=1.0),
     "counts": lambda f, b: f.distillation_loss(
         b.student_logits, b.teacher_logits, b.labels, soft_count=11.0, hard_count=b.token_weights.new_tensor(7.0)
     ),
@@ -96,6 +117,16 @@ CALLS: dict[str, Call] = {
     ),
     "cross_entropy-smooth": lambda f, b: f.cross_entropy(b.student_logits, b.labels, count=5, label_smoothing=0.2),
     "cosine-weights": lambda f, b: f.cosine_loss(b.student_hidden, b.teacher_hidden, b.token_weights, 4.0),
+    "logit_mse": lambda f, b: f.logit_mse(b.student_logits, b.teacher_logits, b.attention_mask, 4.0),
+    "hidden": lambda f, b: f.hidden_loss(
+        (b.student_hidden, 0.5 * b.student_hidden),
+        (b.teacher_hidden, -b.teacher_hidden, b.teacher_hidden + 1.0),
+        b.attention_mask,
+        layer_map=[(0, 2), (1, 0), (-1, 1)],
+        kind="mse",
+        layer_weights=[1.0, b.token_weights.new_tensor(0.25), 2.0],
+        count=7.0,
+    ),
     "softmax": lambda f, b: f.softmax(b.student_logits, b.temperatures),
     "log_softmax": lambda f, b: f.log_softmax(b.student_logits, 2.5),
     "triple": lambda f, b: f.triple_loss(*b[:6]),
@@ -120,7 +151,8 @@ def first(out: Any) -> Tensor:
 
 def student_field(call: str) -> str:
     """The field of a batch that a call of the table (but not triple) has its gradient in."""
-    return "student_hidden" if "cosine" in call else "student_logits"
+    of_hidden = call.startswith(("cosine", "mse", "hidden"))
+    return "student_hidden" if of_hidden else "student_logits"
 
 
 class Result(NamedTuple):

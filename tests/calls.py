@@ -7,6 +7,7 @@ tensors moved there as they lie in memory. What is right is oracle.py's affair. 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,12 @@ from distil_fast import LossTerms, backends, reference
 from distil_fast.backends.settings import RowSettings
 from tests import oracle
 
+# What a user passes for a tensor of each form.
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "logits": lambda teacher: teacher,
+    "log_probs": distil_fast.LogProbs,
+    "probs": distil_fast.Probs,
+}
 DEVICE = torch.device(os.environ.get("DISTIL_FAST_TEST_DEVICE", "cpu"))
 
 
@@ -56,11 +63,12 @@ def by_autograd(
     upstream: Tensor | None = None,
     **settings: Any,
 ) -> Result:
-    """distillation_loss and its backward; the gradient is final."""
+    """distillation_loss and its backward; the gradient is final. `teacher_form` among the settings: see FORMS."""
     _skip_float64(student)
     student = there(student.detach()).requires_grad_()
     settings = {name: there(value) for name, value in settings.items()}
-    terms = distil_fast.distillation_loss(student, there(teacher), there(labels), **settings)
+    given = FORMS[settings.pop("teacher_form", "logits")](there(teacher))
+    terms = distil_fast.distillation_loss(student, given, there(labels), **settings)
     (grad,) = torch.autograd.grad(terms.loss, student, there(upstream))
     return Result(_values(terms), grad.cpu())
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import distil_fast
 from distil_fast import _C
 from distil_fast.backends.layout import real_dtype
+from distil_fast.backends.settings import TAILS
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
@@ -82,7 +83,8 @@ def edges() -> None:
             distil_fast.cross_entropy(guarded(student, at_end), labels)
         for function in (distil_fast.softmax, distil_fast.log_softmax):
             function(student, temperature)
-        distil_fast.cosine_loss(guarded(student, at_end).requires_grad_(), teacher, mask).backward()
+        for function in (distil_fast.cosine_loss, distil_fast.mse_loss, distil_fast.logit_mse):
+            function(guarded(student, at_end).requires_grad_(), teacher, mask).backward()
         kept.clear()
 
 
@@ -102,8 +104,40 @@ def unused() -> None:
             assert not grad[3].any()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         hidden, target = (forbid_rows(torch.randn(5, 700).to(dtype), [3]) for _ in range(2))
-        loss = distil_fast.cosine_loss(hidden.requires_grad_(), target, torch.tensor([True, True, True, False, True]))
-        assert not torch.autograd.grad(loss, hidden)[0][3].any()
+        for function in (distil_fast.cosine_loss, distil_fast.mse_loss):
+            loss = function(hidden.requires_grad_(), target, torch.tensor([True, True, True, False, True]))
+            assert not torch.autograd.grad(loss, hidden)[0][3].any()
+    kept.clear()
+
+
+def top_k() -> None:
+    """Rows of logits, ids and log-probabilities between forbidden pages; unused rows, and all but k logits, unread."""
+    for dtype, cols, at_end in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64), (1, 7, 16, 33, 2049), (True, False)
+    ):
+        k = min(cols, 5)
+        ids = guarded(torch.stack([torch.randperm(cols)[:k] for _ in range(2)]), at_end)
+        log_probs = guarded(torch.full((2, k), 0.9 / k, dtype=real_dtype(torch.empty(0, dtype=dtype))).log(), at_end)
+        labels = guarded(torch.tensor([0, cols - 1]), at_end)
+        for tail, temperature, hard in itertools.product(TAILS, (1.0, 2.0, 3.7), (None, labels)):
+            student = guarded(torch.randn(2, cols, dtype=dtype), at_end).requires_grad_()
+            teacher = distil_fast.TopK(ids, log_probs, tail)
+            terms = distil_fast.distillation_loss(student, teacher, hard, temperature=temperature, inplace=True)
+            torch.autograd.grad(terms.loss, student)
+    ids, log_probs = torch.tensor([[3, 1], [9, 9], [0, 2]]), torch.tensor([[0.5, 0.2]] * 3).log()
+    mask, labels = torch.tensor([True, False, True]), torch.tensor([-100, 699, -100])
+    for tail in TAILS:
+        student = forbid_rows(torch.randn(3, 700), [1]).requires_grad_()
+        teacher = distil_fast.TopK(ids, log_probs, tail)
+        assert not torch.autograd.grad(distil_fast.divergence_loss(student, teacher, mask=mask), student)[0][1].any()
+        only_hard = forbid_rows(torch.randn(3, 700), [0, 2]).requires_grad_()
+        terms = distil_fast.distillation_loss(only_hard, teacher, labels, soft_weight=0.0)
+        assert torch.autograd.grad(terms.loss, only_hard)[0][1].any()
+    far = forbid_rows(torch.randn(1, 4 * PAGE), [])
+    columns = torch.tensor([[5, 4 * PAGE - 2]])
+    protect(far.data_ptr() + PAGE * 4, PAGE * 4)  # between the two columns
+    teacher = distil_fast.TopK(columns, torch.tensor([[0.5, 0.2]]).log(), "renormalise")
+    assert distil_fast.divergence_loss(far, teacher).isfinite()
     kept.clear()
 
 
@@ -131,4 +165,5 @@ if __name__ == "__main__":
     edges()
     unused()
     weightless()
+    top_k()
     print("untouched")

@@ -33,7 +33,7 @@ QUICK = (
     "gradients",
     "regressions",
 )
-TESTS = [f"tests/test_{name}.py" for name in (*QUICK, "softmax", "cosine", "row_loss_values")]
+TESTS = [f"tests/test_{name}.py" for name in (*QUICK, "softmax", "cosine", "pairs", "hidden", "row_loss_values")]
 TIME_LIMIT = 150.0  # seconds for the tests of one mutant; what takes longer hangs
 
 
@@ -51,8 +51,9 @@ def mutant(name: str, file: str, *replacements: str) -> Mutant:
     return Mutant(name, file, tuple(zip(replacements[::2], replacements[1::2], strict=True)))
 
 
-ROW_LOSS, SWEEPS, DIVERGENCES = "csrc/cpu/row_loss.cpp", "csrc/cpu/sweeps.h", "csrc/divergences.h"
-SHARES, SOFTMAX, HIDDEN = "csrc/cpu/shares.h", "csrc/cpu/softmax.h", "csrc/cpu/hidden.h"
+ROW_LOSS, SWEEPS, DIVERGENCES = "csrc/cpu/row_loss.h", "csrc/cpu/sweeps.h", "csrc/divergences.h"
+SHARES, SOFTMAX, PAIR = "csrc/cpu/shares.h", "csrc/cpu/softmax.h", "csrc/cpu/pair.h"
+PAIRS, PAIR_LOSS, HIDDEN = "csrc/pairs.h", "csrc/cpu/pair_loss.cpp", "distil_fast/hidden.py"
 NATIVE, OPS, FUNCTIONAL = "distil_fast/backends/native.py", "distil_fast/ops.py", "distil_fast/functional.py"
 
 MUTANTS = [
@@ -141,15 +142,51 @@ MUTANTS = [
     mutant(
         "DistilBERT's cosine over the labels",
         FUNCTIONAL,
-        "_weighted_cosine(student_hidden, teacher_hidden, attention,",
-        "_weighted_cosine(student_hidden, teacher_hidden, labels != -100,",
+        "student_hidden, teacher_hidden, attention, cos_count",
+        "student_hidden, teacher_hidden, labels != -100, cos_count",
     ),
     # ---- softmax and cosine
     mutant("softmax backward without its sum", SOFTMAX, "return yj * (gj - all) * scale;", "return yj * gj * scale;"),
     mutant(
         "log_softmax backward without its sum", SOFTMAX, "return (gj - at_one(yj) * all) * scale;", "return gj * scale;"
     ),
-    mutant("cosine gradient without its projection", HIDDEN, "b * (sj * is)); };", "V(0) * b); };"),
+    mutant("cosine gradient without its projection", PAIR, "b * (sj * is)); };", "V(0) * b); };"),
+    # ---- squared distance and KL of probabilities
+    mutant("half the squared distance's gradient", PAIRS, "return {e * e, V(0), e + e};", "return {e * e, V(0), e};"),
+    mutant(
+        "masked in one taken for masked in both",
+        PAIRS,
+        "select(s < V(lowest), t, V(0))",
+        "select(s < V(lowest), s, V(0))",
+    ),
+    mutant("KL's first order dropped", PAIRS, "select(close, p - q, V(0))", "V(0)"),
+    mutant("KL's first order summed in floats", PAIR, "lost = lost + ((whole - (next - back)) + (x - back));", ""),
+    mutant("KL by two logarithms where they are close", PAIRS, "abs(x) < V(0.25)", "abs(x) < V(0)"),
+    mutant("a probability of 0 is no exception", PAIRS, "auto none = is_zero(p);", "auto none = is_zero(p) && false;"),
+    mutant("tiny probabilities count as zero", PAIR_LOSS, "KeepSubnormals keep;", ""),
+    mutant(
+        "scale dropped from the gradient",
+        PAIR_LOSS,
+        "c_.weight * c_.scale * upstream(row)",
+        "c_.weight * upstream(row)",
+    ),
+    mutant(
+        "scale dropped from the fp16 unit", PAIR_LOSS, "(share(row) * c_.weight * c_.scale)", "(share(row) * c_.weight)"
+    ),
+    mutant(
+        "a pair's last entries dropped",
+        PAIR,
+        "V g = step(load(s + whole, n - whole, 0.0)",
+        "V g = step(V(0) * load(s + whole, n - whole, 0.0)",
+    ),
+    mutant(
+        "layers of the map swapped",
+        HIDDEN,
+        "student, teacher = student_states[s], teacher_states[t]",
+        "student, teacher = student_states[t], teacher_states[s]",
+    ),
+    mutant("heads multiply the loss", HIDDEN, "queries * student.shape[1]", "queries"),
+    mutant("no mean over layers of attention", HIDDEN, "weight = 1.0 / len(layers)\n", "weight = 1.0\n"),
 ]
 
 

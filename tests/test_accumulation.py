@@ -36,6 +36,9 @@ LOSSES: dict[str, Counted] = {
     "cosine": lambda b, tokens, labels: distil_fast.cosine_loss(
         b.student_hidden, b.teacher_hidden, b.attention_mask, tokens
     ),
+    "hidden": lambda b, tokens, labels: distil_fast.hidden_loss(
+        (b.student_hidden,), (b.teacher_hidden,), b.attention_mask, kind="mse", count=tokens
+    ),
     "triple": lambda b, tokens, labels: distil_fast.triple_loss(
         *b[:6], ce_count=tokens, mlm_count=labels, cos_count=tokens
     ),

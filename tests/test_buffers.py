@@ -104,6 +104,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "row loss, none": lambda s, t, mask: torch.autograd.grad(
         distil_fast.divergence_loss(s, t, mask=mask, reduction="none"), s, torch.ones(len(s))
     )[0],
+    "logit mse": lambda s, t, mask: torch.autograd.grad(distil_fast.logit_mse(s, t, mask), s)[0],
     "cosine": lambda s, t, mask: torch.autograd.grad(distil_fast.cosine_loss(s, t, mask), s)[0],
     "softmax": lambda s, t, mask: distil_fast.softmax(s).detach(),
     "softmax backward": lambda s, t, mask: torch.autograd.grad(distil_fast.log_softmax(s), s, t)[0],

@@ -35,7 +35,17 @@ TRACED: dict[str, Call] = {
     "inplace": lambda f, b: f.distillation_loss(2.0 * b.student_logits, b.teacher_logits, b.labels, inplace=True),
     "chunk": lambda f, b: f.distillation_loss(b.student_logits[:, 1:], b.teacher_logits[:, 1:], b.labels[:, 1:]),
 }
-FEW = ["distillation-mean", "everything-mean", "everything-none", "cosine-mean", "cosine-none", "softmax", "triple"]
+FEW = [
+    "distillation-mean",
+    "everything-mean",
+    "everything-none",
+    "topk-mean",
+    "topk-none",
+    "cosine-mean",
+    "cosine-none",
+    "softmax",
+    "triple",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +113,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 
 def test_no_op_goes_unchecked() -> None:
     registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("distil_fast::")}
-    names = ("distillation-mean", "distillation-none", "cosine-mean", "cosine-none", "softmax", "inplace")
+    names = ("distillation-mean", "topk-none", "cosine-mean", "cosine-none", "softmax", "inplace")
     assert {op.name() for name in names for op, _ in recorded(name)} == registered
 
 

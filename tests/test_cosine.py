@@ -43,7 +43,9 @@ def stored(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, reduction: str = "mean", weight: float = 1.0
 ) -> tuple[Tensor, Tensor, float]:
     """Loss, gradient and the unit that it is stored in."""
-    loss, _, grad, unit = native.cosine_loss(student, teacher, mask, weight, -1.0, reduction, gradient=True)
+    loss, _, grad, unit = native.pair_loss(
+        student, teacher, mask, weight, -1.0, "cosine", 1.0, reduction, gradient=True
+    )
     assert grad is not None
     return loss, grad, unit
 

@@ -99,6 +99,24 @@ def test_cosine_loss(mask: Tensor | None, reduction: str) -> None:
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "weights"])
+def test_squared_distances(mask: Tensor | None, reduction: str) -> None:
+    teacher = doubles(ROWS, SIZE, seed=5)
+    for function in (distil_fast.mse_loss, distil_fast.logit_mse):
+        assert_gradient(lambda x, f=function: f(x, teacher, mask, reduction=reduction), doubles(ROWS, SIZE, seed=6))
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_attention_loss(kind: str) -> None:
+    """Through the softmax that made the map, as in a model."""
+    teacher, mask = doubles(2, 3, 4, 4, seed=11).softmax(-1), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert_gradient(
+        lambda x: distil_fast.attention_loss((x.softmax(-1),), (teacher,), mask, kind=kind),
+        doubles(2, 3, 4, 4, seed=12),
+    )
+
+
 def test_triple_loss() -> None:
     logits, hidden = doubles(2, 3, SIZE, seed=7), doubles(2, 3, 5, seed=8)
     teacher_logits, teacher_hidden = doubles(2, 3, SIZE, seed=9), doubles(2, 3, 5, seed=10)

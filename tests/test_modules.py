@@ -1,6 +1,6 @@
 """The nn.Module faces: each equals its function, takes all of its settings, and has no state.
 
-It knows no formula. Next: test_functional.py.
+It knows no formula. Next: test_functional.py; test_hidden.py has HiddenLoss, which has state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import torch
 from torch import nn
 
 import distil_fast
-from distil_fast import JSD, CosineLoss, CrossEntropyLoss, DistillationLoss, DivergenceLoss, TripleLoss
+from distil_fast import (
+    JSD,
+    AttentionLoss,
+    CosineLoss,
+    CrossEntropyLoss,
+    DistillationLoss,
+    DivergenceLoss,
+    HiddenMSELoss,
+    LogitMSELoss,
+    TripleLoss,
+)
 from tests.batch import Batch, assert_identical, make_batch, run
 
 FACES: dict[type[nn.Module], Callable[..., Any]] = {
@@ -24,6 +34,9 @@ FACES: dict[type[nn.Module], Callable[..., Any]] = {
     DivergenceLoss: distil_fast.divergence_loss,
     CrossEntropyLoss: distil_fast.cross_entropy,
     CosineLoss: distil_fast.cosine_loss,
+    HiddenMSELoss: distil_fast.mse_loss,
+    LogitMSELoss: distil_fast.logit_mse,
+    AttentionLoss: distil_fast.attention_loss,
     TripleLoss: distil_fast.triple_loss,
 }
 
@@ -43,6 +56,9 @@ SETTINGS: dict[type[nn.Module], dict[str, Any]] = {
     DivergenceLoss: {"divergence": "reverse_kl", "temperature": 3.0, "t_squared": True, "reduction": "none"},
     CrossEntropyLoss: {"ignore_index": IGNORED, "label_smoothing": 0.2, "reduction": "none"},
     CosineLoss: {"reduction": "none"},
+    HiddenMSELoss: {"reduction": "none"},
+    LogitMSELoss: {"reduction": "none"},
+    AttentionLoss: {"layer_map": [(0, 1)], "kind": "kl"},
     TripleLoss: {"temperature": 3.0, "alpha_ce": 0.1, "alpha_mlm": 0.2, "alpha_cos": 0.3, "restrict_ce_to_mask": True},
 }
 for _settings in SETTINGS.values():
@@ -54,18 +70,25 @@ EXTRAS: dict[type[nn.Module], Callable[[Batch], dict[str, Any]]] = {
     DivergenceLoss: lambda b: {"mask": b.token_weights, "count": 7.0},
     CrossEntropyLoss: lambda b: {"count": 7.0},
     CosineLoss: lambda b: {"mask": b.token_weights, "count": 7.0},
+    HiddenMSELoss: lambda b: {"mask": b.token_weights, "count": 7.0},
+    LogitMSELoss: lambda b: {"mask": b.token_weights, "count": 7.0},
+    AttentionLoss: lambda b: {"attention_mask": b.attention_mask, "count": 7.0},
     TripleLoss: lambda b: {"ce_count": 7.0, "mlm_count": 3.0, "cos_count": 2.0},
 }
 
 every_face = pytest.mark.parametrize("face", FACES)
 
 
-def arguments(face: type[nn.Module], b: Batch) -> tuple[torch.Tensor, ...]:
+def arguments(face: type[nn.Module], b: Batch) -> tuple[Any, ...]:
+    student_map, teacher_map = (x.unsqueeze(1).softmax(-1) for x in (b.student_hidden, b.teacher_hidden))
     return {
         DistillationLoss: b[:3],
         DivergenceLoss: b[:2],
         CrossEntropyLoss: (b.student_logits, b.labels.clamp(min=0)),
         CosineLoss: b[3:5],
+        HiddenMSELoss: b[3:5],
+        LogitMSELoss: b[:2],
+        AttentionLoss: ((student_map, 0.5 * student_map), (teacher_map, teacher_map.flip(-1))),
         TripleLoss: b[:6],
     }[face]
 

@@ -17,8 +17,23 @@ import distil_fast
 from distil_fast import reference
 from tests.batch import CALLS, Batch, as_double, assert_close, error, first, make_batch, run, student_field
 
-STORED = ["distillation-mean", "everything-sum", "cosine-mean"]  # the gradient is computed in forward
-RECOMPUTED = ["distillation-none", "everything-none", "cosine-none", "softmax", "log_softmax"]  # in backward
+STORED = [  # the gradient is computed in forward
+    "distillation-mean",
+    "everything-sum",
+    "topk-mean",
+    "cosine-mean",
+    "mse-mean",
+    "logit_mse",
+]
+RECOMPUTED = [
+    "distillation-none",
+    "everything-none",
+    "topk-none",
+    "cosine-none",
+    "mse-none",
+    "softmax",
+    "log_softmax",
+]  # in backward
 
 INF, NAN = float("inf"), float("nan")
 
@@ -163,7 +178,7 @@ def test_create_graph_gives_the_gradient_and_a_second_derivative_a_clear_error(n
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["distillation-none", "everything-none", "softmax", "log_softmax", "cosine-none"])
+@pytest.mark.parametrize("name", RECOMPUTED)
 def test_gradcheck(name: str) -> None:
     """Against finite differences, independent of the reference."""
     b = as_double(make_batch(2, 2, cols=5, hidden=4))
@@ -174,7 +189,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call, getattr(b, student_field(name)))
 
 
-@pytest.mark.parametrize("name", ["distillation-mean", "everything-sum", "cosine-mean", "triple"])
+@pytest.mark.parametrize("name", ["distillation-mean", "everything-sum", "cosine-mean", "hidden", "triple"])
 def test_a_reduced_loss_against_finite_differences(name: str) -> None:
     """gradcheck itself asks for a second backward."""
     b = as_double(make_batch(2, 2, cols=5, hidden=4))

@@ -53,15 +53,15 @@ def test_cross_entropy_is_torchs(label_smoothing: float, reduction: str) -> None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7, 0.5])
-@pytest.mark.parametrize("divergence", oracle.DIVERGENCES)
+@pytest.mark.parametrize("divergence", oracle.DIVERGENCES | oracle.EXTREMES)
 def test_divergences_are_their_closed_forms(divergence: str, temperature: float) -> None:
     student, teacher = pair()
-    kind = oracle.DIVERGENCES[divergence]
+    kind = (oracle.DIVERGENCES | oracle.EXTREMES)[divergence]
     x = student.clone().requires_grad_()
     rows = reference.divergence_loss(x, teacher, divergence=kind, temperature=temperature, reduction="none")
     value, gradient = oracle.closed_form(kind, student, teacher, temperature)
     torch.testing.assert_close(rows.detach(), value, **EXACT)
-    torch.testing.assert_close(torch.autograd.grad(rows.sum(), x)[0], gradient, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(torch.autograd.grad(rows.sum(), x)[0], gradient, rtol=1e-11, atol=1e-13)
 
 
 def test_jsd_is_the_mean_of_two_kls_to_the_mixture() -> None:

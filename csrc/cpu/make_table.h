@@ -6,9 +6,10 @@ constexpr Table<typename V::Real> make_table() {
   Table<typename V::Real> table{};
   int s = 0;
   ((fill_sweeps<V, T, T...>(table.rows, s), fill_softmax<V, T>(table.softmax, s),
-    fill_hidden<V, T, T...>(table.hidden, s), table.rescale[s] = rescale<V, T>, ++s),
+    fill_pairs<V, T, T...>(table.pairs, s), fill_topk<V, T>(table.topk, s), table.rescale[s] = rescale<V, T>, ++s),
    ...);
   table.rows.weighted_difference = weighted_difference<V>;
+  table.topk.total = total<V>;
   fill_shards<V, T...>(table.shards);
 #define DISTIL_FAST_ROW(name, Functor)                                            \
   table.rows.diverge[static_cast<int>(DivergenceId::name)] = diverge<V, Functor>; \

@@ -37,20 +37,26 @@ inline V exp(V x) {
   return Exponential<V>(1.0)(x);
 }
 
+
+// log1p(x) - x for sqrt(1/2) - 1 <= x < sqrt(2) - 1; its error relative to itself is 4e-7.
+template <class V>
+inline V log1p_tail(V x) {
+  V p = fma(V(-0.07634438), x, V(0.12761563));
+  p = fma(p, x, V(-0.13160197));
+  p = fma(p, x, V(0.1420176));
+  p = fma(p, x, V(-0.16623355));
+  p = fma(p, x, V(0.20001227));
+  p = fma(p, x, V(-0.25000823));
+  p = fma(p, x, V(0.3333333));
+  return fma(p * x, x * x, V(-0.5) * x * x);
+}
+
 // log(y) + correction for normal y > 0, where the correction is what y's own rounding lost. At most 3 ulp of
 // the result or of 0.35, whichever is larger.
 template <class V>
 inline V log_and(V y, V correction) {
   V e = exponent(y), z = scale2(y, V(0) - e) - V(1);  // y = 2^e (1 + z), z in [sqrt(1/2) - 1, sqrt(2) - 1)
-  V p = fma(V(-0.07634438), z, V(0.12761563));
-  p = fma(p, z, V(-0.13160197));
-  p = fma(p, z, V(0.1420176));
-  p = fma(p, z, V(-0.16623355));
-  p = fma(p, z, V(0.20001227));
-  p = fma(p, z, V(-0.25000823));
-  p = fma(p, z, V(0.3333333));
-  V tail = fma(p * z, z * z, V(-0.5) * z * z);
-  return fma(e, V(0.6931471805599453), z + (tail + correction));
+  return fma(e, V(0.6931471805599453), z + (log1p_tail(z) + correction));
 }
 template <class V>
 inline V log(V x) {

@@ -19,5 +19,13 @@ inline Double expm1_tail(Double x) {
 
 inline Double exp(Double x) { return Double(std::exp(x.v)); }
 inline Double log(Double x) { return Double(std::log(x.v)); }
+inline Double log_and(Double y, Double correction) { return Double(std::log(y.v) + correction.v); }
 inline Double expm1(Double x) { return Double(std::expm1(x.v)); }
 inline Double log1p(Double x) { return Double(std::log1p(x.v)); }
+
+// The series, for |x| <= 1/4: log1p(x) - x would lose all digits of a small x.
+inline Double log1p_tail(Double x) {
+  double series = 0.0;
+  for (int n = 27; n >= 2; --n) series = 1.0 / n - x.v * series;
+  return Double(-x.v * x.v * series);
+}

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include "../pairs.h"
 #include "table.h"
 
 namespace distil_fast {
@@ -13,9 +14,10 @@ namespace {
 #include DISTIL_FAST_VEC
 #include "math.h"
 #include "sweeps.h"
-#include "hidden.h"
+#include "pair.h"
 #include "sharded.h"
 #include "softmax.h"
+#include "topk.h"
 #include "make_table.h"
 }  // namespace
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include "../pairs.h"
 #include "table.h"
 
 namespace distil_fast {
@@ -12,9 +13,10 @@ namespace {
 #include "math.h"
 #include "math_double.h"
 #include "sweeps.h"
-#include "hidden.h"
+#include "pair.h"
 #include "sharded.h"
 #include "softmax.h"
+#include "topk.h"
 #include "make_table.h"
 }  // namespace
 

@@ -101,12 +101,23 @@ struct SoftmaxSweeps {
 };
 
 template <int D>
-struct HiddenSweeps {
+struct PairSweeps {
   void (*square_sums[D][D])(const void* student, const void* teacher, int64_t n, double* ss, double* tt);
   void (*distance[D][D])(const void* student, const void* teacher, int64_t n, double inverse_s, double inverse_t,
                          double* e_square, double* u_e);
-  void (*gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,
-                         double inverse_t, double of_e, double of_u);
+  void (*cosine_gradient[D][D])(void* grad, const void* student, const void* teacher, int64_t n, double inverse_s,
+                                double inverse_t, double of_e, double of_u);
+  // of a PairKind but cosine: the row's sum; grad = of_g g, where grad is not null
+  double (*entries[3][D][D])(void* grad, const void* student, const void* teacher, int64_t n, double of_g);
+};
+
+template <class Real>
+struct TopKSweeps {
+  static constexpr int D = dtypes<Real>;
+  void (*exponentiate[D][3])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block,
+                             const Ahead& ahead);  // by Hard
+  void (*widen[D])(const void* logits, int64_t n, Real* to);
+  double (*total)(const Real* es, int64_t n);
 };
 
 template <class Real>
@@ -122,7 +133,8 @@ template <class Real>
 struct Table {
   Sweeps<Real> rows;
   SoftmaxSweeps<dtypes<Real>> softmax;
-  HiddenSweeps<dtypes<Real>> hidden;
+  PairSweeps<dtypes<Real>> pairs;
+  TopKSweeps<Real> topk;
   ShardSweeps<Real> shards;
   void (*rescale[dtypes<Real>])(void* values, int64_t n, double factor);
 };

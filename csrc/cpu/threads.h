@@ -37,6 +37,21 @@ class FlushSubnormals {
 #endif
 };
 
+// And count as what they are while one of these lives, inside the other's life: where a tiny number is a denominator.
+class KeepSubnormals {
+#if defined(__x86_64__)
+ public:
+  KeepSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~KeepSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+ public:
+  KeepSubnormals() {}
+#endif
+};
+
 // A row's blocks, one after another on this thread.
 struct Solo {
   template <class F>

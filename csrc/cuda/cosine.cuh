@@ -1,51 +1,26 @@
-// cosine.cuh: the cosine loss over rows of hidden states, value and gradient from one reading of memory. With u = s / |s|
-// and v = t / |t|:  1 - cos = |u - v|^2 / 2, which loses nothing as s -> t. The twin of cpu/hidden.h. Knows nothing of
-// masks. Next: weights.cuh, whose shares it multiplies with; docs/math.md for the gradient.
+// cosine.cuh: the cosine loss over rows, value and gradient from one reading of memory. With u = s / |s| and v = t / |t|:
+// 1 - cos = |u - v|^2 / 2, which loses nothing as s -> t. The twin of cpu/pair.h. Knows nothing of masks. Next: pair.cuh,
+// the rows that it shares with the other kinds; docs/math.md for the gradient.
 #pragma once
 
-#include "stage.cuh"
-#include "weights.cuh"
+#include "pair.cuh"
 
 namespace distil_fast::cuda {
 
 constexpr float cosine_eps = 1e-12f;  // on both squared norms, as ATen's cosine_embedding_loss has it
 
-struct CosineArgs {
-  int rows = 0;
-  int64_t inner = 0, cols = 0;
-  Matrix student, teacher, grad;
-  RowValues values;
-  const float* unit = nullptr;
-  Stages stages;
-};
-
 template <class S>
-class CosineBody {
+class CosineBody : public PairRows<S> {
+  using Rows = PairRows<S>;
+  using Rows::a_, Rows::each, Rows::sink, Rows::skips, Rows::put, Rows::to_gradient;
   static constexpr int W = group_size<S>;
 
  public:
-  static constexpr bool staged = false;
-  DISTIL_FAST_DEVICE explicit CosineBody(const CosineArgs& args) : a_(args) {}
-
-  DISTIL_FAST_DEVICE Wanted wanted(int row) const {
-    const char* student = row_at(a_.student, row, a_.inner);
-    const Slice slice = slice_of<S>(a_.grad.data ? row_at(a_.grad, row, a_.inner) : student, a_.cols);
-    Wanted w{slice, nullptr, nullptr, dtype_of<S>, a_.teacher.dtype};
-    if (a_.values.weights.soft[row] == 0.0f) return w;
-    w.first = student + slice.begin * static_cast<int64_t>(sizeof(S));
-    w.second = row_at(a_.teacher, row, a_.inner) + slice.begin * size_of(w.second_dtype);
-    return w;
-  }
+  using Rows::Rows;
 
   DISTIL_FAST_DEVICE void run(int row, const Slice& slice, const void* first, const void* second,
                               Team<float>& team) const {
-    const float weight = a_.values.weights.soft[row];
-    const bool leads = hw::rank() == 0 && hw::thread() == 0;
-    if (weight == 0.0f) {
-      if (leads) a_.values.put_hard(row, 0.0f), a_.values.put_soft(row, 0.0f);
-      if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
-      return;
-    }
+    if (skips(row, slice)) return;
     const Source<S, W> student(first, slice);
     const Source<void, W> teacher(second, slice, a_.teacher.dtype);
     float squares[2] = {0.0f, 0.0f};
@@ -70,11 +45,10 @@ class CosineBody {
       sums[0] += part[0], sums[1] += part[1];
     });
     team.combine<Sum>(sums);
-    if (leads)
-      a_.values.put_hard(row, 0.0f), a_.values.put_soft(row, 0.5f * (sums[0] + cosine_eps / ss + cosine_eps / tt));
+    put(row, 0.5f * (sums[0] + cosine_eps / ss + cosine_eps / tt));
     if (!a_.grad.data) return;
 
-    const float of_e = -weight * (a_.unit ? 1.0f / *a_.unit : 1.0f) * by_s, of_u = of_e * (cosine_eps / ss - sums[1]);
+    const float of_e = -to_gradient(row) * by_s, of_u = of_e * (cosine_eps / ss - sums[1]);
     const Sink<S> out = sink(row, slice);
     each(slice, student, teacher, [&](int g, const float* s, const float* t) {
       float y[W];
@@ -101,38 +75,16 @@ class CosineBody {
   }
 
  private:
-  DISTIL_FAST_DEVICE Sink<S> sink(int row, const Slice& slice) const {
-    return {const_cast<char*>(row_at(a_.grad, row, a_.inner)) + slice.begin * sizeof(S), slice};
-  }
-
-  // f(group, student, teacher) for this thread's groups; columns outside of the slice are 0.
-  template <class F>
-  DISTIL_FAST_DEVICE static void each(const Slice& slice, const Source<S, W>& student, const Source<void, W>& teacher,
-                                      F f) {
-    for (int g = hw::thread(); g < slice.groups; g += hw::threads()) {
-      float s[W], t[W];
-      student.load(slice, g, s);
-      teacher.load(slice, g, t);
-      const int i = g * W - slice.shift;
-#pragma unroll
-      for (int l = 0; l < W; ++l)
-        if (i + l < 0 || i + l >= slice.n) s[l] = t[l] = 0.0f;
-      f(g, s, t);
-    }
-  }
-
   // v - u with one rounding: the product that would round s / |s| is corrected by its own error.
   DISTIL_FAST_DEVICE static float apart(float s, float by_s, float t, float by_t) {
     const float u = s * by_s;
     return hw::fma(t, by_t, -u) - hw::fma(s, by_s, -u);
   }
-
-  const CosineArgs& a_;
 };
 
 template <class S>
 DISTIL_FAST_KERNEL(row_threads, 1)
-cosine_kernel(DISTIL_FAST_ARGS(CosineArgs) args) {
+cosine_kernel(DISTIL_FAST_ARGS(PairArgs) args) {
   const CosineBody<S> body(args);
   for_rows<group_size<S>>(body, args.rows, args.stages);
 }
@@ -150,7 +102,7 @@ struct NormArgs {
 // Of half-precision rows, one block each, before their weights are known: the unit needs both.
 DISTIL_FAST_KERNEL(row_threads, 1) norm_kernel(DISTIL_FAST_ARGS(NormArgs) args) {
   Team<float> team(reinterpret_cast<float*>(hw::shared() + team_at));
-  CosineArgs of_rows;
+  PairArgs of_rows;
   const CosineBody<Half> body(of_rows);
   for (int row = hw::block(); row < args.rows; row += hw::blocks()) {
     bool used = args.weight.value() != 0.0;

@@ -1,5 +1,5 @@
 // plan.h: which shape of launch a row gets: threads, cluster, stages in shared memory. One table for all kernels; the
-// reasons are beside it. Host code; knows no kernel. Next: row_loss.cu, softmax.cu, cosine.cu, which launch.
+// reasons are beside it. Host code; knows no kernel. Next: row_loss.cu, softmax.cu, pair_loss.cu, which launch.
 #pragma once
 
 #include "stage.cuh"

@@ -1,10 +1,11 @@
-// scalar.cuh: the vector vocabulary of divergences.h on one float of a GPU's thread, and the dtypes of memory: how a
+// scalar.cuh: the vector vocabulary of divergences.h and pairs.h on one float of a GPU's thread, and the dtypes of memory: how a
 // group of neighbouring columns is loaded and stored. Knows no rows. Next: slice.cuh.
 #pragma once
 
 #include "hw.cuh"
 #include "../core.h"
 #include "../divergences.h"
+#include "../pairs.h"
 
 namespace distil_fast::cuda {
 
@@ -16,6 +17,7 @@ DISTIL_FAST_BOTH int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; } 
 // ---- the vocabulary
 
 struct Lane {
+  using Real = float;
   float v;
   Lane() = default;
   template <class X>
@@ -33,7 +35,7 @@ DISTIL_FAST_DEVICE Lane abs(Lane a) { return Lane(__builtin_fabsf(a.v)); }
 DISTIL_FAST_DEVICE Lane min(Lane a, Lane b) { return b.v < a.v ? b : a; }  // a nan in `a` stays
 DISTIL_FAST_DEVICE Lane max(Lane a, Lane b) { return b.v > a.v ? b : a; }  // a nan in `a` stays
 
-// The polynomial of cpu/math.h, which states its error.
+// The polynomials of cpu/math.h, which states their errors.
 DISTIL_FAST_DEVICE Lane expm1_tail(Lane a) {
   const float x = a.v, x2 = x * x;
   const float low = hw::fma(0.16666135f, x, 0.49999982f), middle = hw::fma(0.008402393f, x, 0.04166897f);
@@ -44,7 +46,19 @@ DISTIL_FAST_DEVICE Lane expm1(Lane a) {
 }
 DISTIL_FAST_DEVICE Lane exp(Lane a) { return Lane(hw::exp2(a.v * log2_e)); }
 DISTIL_FAST_DEVICE Lane log(Lane a) { return Lane(hw::log(a.v)); }
+DISTIL_FAST_DEVICE Lane log_and(Lane a, Lane correction) { return log(a) + correction; }  // what a's rounding lost
 DISTIL_FAST_DEVICE Lane log1p(Lane a) { return Lane(hw::log1p(a.v)); }
+DISTIL_FAST_DEVICE Lane log1p_tail(Lane a) {
+  const float x = a.v;
+  float p = hw::fma(-0.07634438f, x, 0.12761563f);
+  p = hw::fma(p, x, -0.13160197f);
+  p = hw::fma(p, x, 0.1420176f);
+  p = hw::fma(p, x, -0.16623355f);
+  p = hw::fma(p, x, 0.20001227f);
+  p = hw::fma(p, x, -0.25000823f);
+  p = hw::fma(p, x, 0.3333333f);
+  return Lane(x * x * hw::fma(p, x, -0.5f));
+}
 
 // ---- dtypes
 

@@ -3,7 +3,7 @@
 //   Wanted wanted(row)                            where this block's slices lie in global memory
 //   void run(row, slice, first, second, team)     with them at `first` and `second`
 //   staged                                        whether they always come to shared memory
-// Knows asynchronous copies, stages and parities; no dtype and no mathematics. Next: row_loss.cuh, softmax.cuh, cosine.cuh.
+// Knows asynchronous copies, stages and parities; no dtype and no mathematics. Next: row_loss.cuh, softmax.cuh, pair.cuh.
 #pragma once
 
 #include "reduce.cuh"

@@ -43,6 +43,18 @@ void set_settings(Call& c, const RowSettingsArgs& args) {
   c.reduction = static_cast<Reduction>(reduction);
 }
 
+// What a top-k teacher adds: k, ids, log-probabilities, tolerance, tail, shift.
+using TopKArgs = std::tuple<int64_t, uintptr_t, uintptr_t, double, int32_t, double>;
+
+inline void set_topk(TopKLoss& c, const TopKArgs& args) {
+  uintptr_t ids, log_probs;
+  int32_t tail;
+  std::tie(c.k, ids, log_probs, c.tolerance, tail, c.shift) = args;
+  c.ids = pointer<const int64_t>(ids);
+  c.log_probs = pointer(log_probs);
+  c.tail = static_cast<Tail>(tail);
+}
+
 template <class Call>
 void set_shape(Call& call, const Shape& shape) {
   std::tie(call.outer, call.inner, call.cols) = shape;

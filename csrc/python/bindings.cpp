@@ -30,8 +30,10 @@ Result row_loss(const Shape& shape, const MatrixArgs& student, const std::option
                 const std::optional<MatrixArgs>& grad, uintptr_t labels, uintptr_t soft_mask, bool mask_is_bool,
                 uintptr_t class_weights, uintptr_t temperatures, double temperature, double soft_weight,
                 double hard_weight, double soft_count, double hard_count, const RowSettingsArgs& settings,
-                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard) {
-  RowLoss call;
+                uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard,
+                const std::optional<TopKArgs>& topk) {
+  TopKLoss with_topk;
+  RowLoss& call = with_topk.row;
   set_shape(call, shape);
   set_settings(call, settings);
   call.student = matrix(student);
@@ -51,10 +53,11 @@ Result row_loss(const Shape& shape, const MatrixArgs& student, const std::option
   call.loss = pointer(loss);
   call.soft = pointer(soft);
   call.hard = pointer(hard);
+  if (topk) set_topk(with_topk, *topk);
   py::gil_scoped_release release;
   double unit = 1.0;
   call.unit = &unit;
-  const Fault fault = row_loss_cpu(call);
+  const Fault fault = topk ? topk_loss_cpu(with_topk) : row_loss_cpu(call);
   return result(fault, unit);
 }
 
@@ -94,16 +97,18 @@ void softmax_backward(const Shape& shape, const MatrixArgs& out, const MatrixArg
   softmax_backward_cpu(call);
 }
 
-Result cosine_loss(const Shape& shape, const MatrixArgs& student, const MatrixArgs& teacher,
-                   const std::optional<MatrixArgs>& grad, uintptr_t mask, bool mask_is_bool, double weight,
-                   double count, int32_t reduction, uintptr_t upstream, uintptr_t loss, uintptr_t term) {
-  CosineLoss call;
+Result pair_loss(const Shape& shape, const MatrixArgs& student, const MatrixArgs& teacher,
+                 const std::optional<MatrixArgs>& grad, uintptr_t mask, bool mask_is_bool, int32_t kind, double scale,
+                 double weight, double count, int32_t reduction, uintptr_t upstream, uintptr_t loss, uintptr_t term) {
+  PairLoss call;
   set_shape(call, shape);
   call.student = matrix(student);
   call.teacher = matrix(teacher);
   call.grad = matrix(grad);
   call.mask = pointer(mask);
   call.mask_is_bool = mask_is_bool;
+  call.kind = static_cast<PairKind>(kind);
+  call.scale = scale;
   call.weight = weight;
   call.count = count;
   call.reduction = static_cast<Reduction>(reduction);
@@ -113,7 +118,7 @@ Result cosine_loss(const Shape& shape, const MatrixArgs& student, const MatrixAr
   py::gil_scoped_release release;
   double unit = 1.0;
   call.unit = &unit;
-  const Fault fault = cosine_loss_cpu(call);
+  const Fault fault = pair_loss_cpu(call);
   return result(fault, unit);
 }
 
@@ -140,7 +145,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rescale", &rescale);
   m.def("softmax", &softmax);
   m.def("softmax_backward", &softmax_backward);
-  m.def("cosine_loss", &cosine_loss);
+  m.def("pair_loss", &pair_loss);
   bind_shards(m);
   m.def("instruction_set", &instruction_set);
   m.def("use_instruction_set", &use_instruction_set);

@@ -89,15 +89,16 @@ void softmax_backward(const Shape& shape, const MatrixArgs& out, const MatrixArg
   launch(softmax_backward_cuda, call);
 }
 
-void cosine_loss(const Shape& shape, const MatrixArgs& student, const MatrixArgs& teacher,
-                 const std::optional<MatrixArgs>& grad, uintptr_t mask, bool mask_is_bool, const Quantity& weight,
-                 const Quantity& count, int32_t reduction, uintptr_t upstream, uintptr_t loss, uintptr_t term,
-                 uintptr_t unit, uintptr_t fault, uintptr_t workspace, uintptr_t stream) {
-  CudaCosineLoss call;
-  CosineLoss& c = call.numbers;
+void pair_loss(const Shape& shape, const MatrixArgs& student, const MatrixArgs& teacher,
+               const std::optional<MatrixArgs>& grad, uintptr_t mask, bool mask_is_bool, int32_t kind, double scale,
+               const Quantity& weight, const Quantity& count, int32_t reduction, uintptr_t upstream, uintptr_t loss,
+               uintptr_t term, uintptr_t unit, uintptr_t fault, uintptr_t workspace, uintptr_t stream) {
+  CudaPairLoss call;
+  PairLoss& c = call.numbers;
   set_shape(c, shape);
   c.student = matrix(student), c.teacher = matrix(teacher), c.grad = matrix(grad);
   c.mask = pointer(mask), c.mask_is_bool = mask_is_bool;
+  c.kind = static_cast<PairKind>(kind), c.scale = scale;
   set(c.weight, call.weight, weight);
   set(c.count, call.count, count);
   c.reduction = static_cast<Reduction>(reduction);
@@ -105,7 +106,7 @@ void cosine_loss(const Shape& shape, const MatrixArgs& student, const MatrixArgs
   c.loss = pointer(loss), c.term = pointer(term);
   call.unit = pointer<float>(unit), call.fault = pointer<double>(fault);
   call.workspace = pointer<float>(workspace), call.stream = pointer(stream);
-  launch(cosine_loss_cuda, call);
+  launch(pair_loss_cuda, call);
 }
 
 std::pair<int, std::string> devices() {
@@ -122,7 +123,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_rescale", &rescale);
   m.def("cuda_softmax", &softmax);
   m.def("cuda_softmax_backward", &softmax_backward);
-  m.def("cuda_cosine_loss", &cosine_loss);
+  m.def("cuda_pair_loss", &pair_loss);
   m.def("cuda_devices", &devices);
 }
 

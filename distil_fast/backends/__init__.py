@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 KERNELS = ("native", "cuda", "triton")  # in the order of preference
 NAMES = (*KERNELS, "reference")
@@ -100,12 +101,37 @@ def _remembered(kind: str, index: int | None, dtype: str, backend: str | None) -
     device = torch.device(kind) if index is None else torch.device(kind, index)
     name, why = serving(device, getattr(torch, dtype), backend)
     if name == "reference" and backend is None and _forced is None:
-        warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=5)
+        warnings.warn(f"distil_fast: {dtype} on {kind} is served by {why}.", stacklevel=7)
     return name
 
 
 # What torch.compiler.assume_constant_result does, whose import of the compiler takes a second.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def for_call(values: Tensor, name: str, backend: str | None, plain: str = "") -> str:
+    """`choose` for a call of the public function `name`, whose transforms kernels have no rules for; `plain` is the
+    same in plain torch, where it has another name than in distil_fast.reference.
+
+    Raises:
+        NotImplementedError: inside a torch.func transform or forward-mode differentiation.
+        ValueError: as `serving`.
+    """
+    chosen = choose(values, backend)
+    if (
+        chosen != "reference"
+        and not torch.compiler.is_compiling()
+        and (
+            torch._C._are_functorch_transforms_active()
+            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
+        )
+    ):
+        raise NotImplementedError(
+            f"distil_fast.{name} has no rules for torch.func transforms and forward-mode derivatives. Batches need "
+            f"none: leading dimensions are rows. For these use distil_fast.{plain or f'reference.{name}'}, "
+            "which is plain torch."
+        )
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------ checking

@@ -13,6 +13,7 @@ from torch import Tensor
 from distil_fast import _C
 from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
 from distil_fast.backends.layout import (
+    PAIR_CODE,
     REDUCTION_CODE,
     address,
     check_inplace,
@@ -196,18 +197,23 @@ def softmax_backward(out: Tensor, grad_out: Tensor, temperature: float | Tensor,
     return grad
 
 
-def cosine_loss(
+def pair_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
     weight: float | Tensor,
     count: float | Tensor,
+    kind: str,
+    scale: float,
     reduction: str,
     *,
     gradient: bool = False,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:
-    """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in."""
+    """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in.
+
+    kind: what csrc/core.h compares two rows by; scale: of a row's value, in (0, 1].
+    """
     grad = torch.empty_like(student, memory_format=torch.contiguous_format) if gradient else None
     shape, (student_m, teacher_m, grad_m) = geometry(student, teacher, grad)
     leading = student.shape[:-1] if reduction == "none" else ()
@@ -223,13 +229,15 @@ def cosine_loss(
     workspace = student.new_empty(_C.cuda_row_workspace(shape[0] * shape[1]), dtype=torch.float32)
     fault = student.new_empty(3, dtype=torch.float64)
     with on_device_of(student):
-        _C.cuda_cosine_loss(
+        _C.cuda_pair_loss(
             shape,
             student_m,
             teacher_m,
             grad_m,
             address(mask),
             mask_is_bool,
+            PAIR_CODE[kind],
+            scale,
             scalars(weight),
             scalars(count),
             REDUCTION_CODE[reduction],

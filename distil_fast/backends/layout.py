@@ -6,14 +6,16 @@ It knows nothing of what is computed, or of the device. Next: native.py, triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 REDUCTION_CODE = {"mean": 0, "sum": 1, "none": 2}
-LABEL, MASK, TEMPERATURE, CLASS_WEIGHT, TEACHER_MASS = 1, 2, 3, 4, 5  # FaultKind
+PAIR_CODE = {"cosine": 0, "squared": 1, "kl": 2}  # PairKind
+PAIR_UNIT = 64.0  # pair_unit
+LABEL, MASK, TEMPERATURE, CLASS_WEIGHT, TEACHER_MASS, TOPK_ID, TOPK_LOG_PROB = 1, 2, 3, 4, 5, 6, 7  # FaultKind
 
 Shape = tuple[int, int, int]
 Matrix = tuple[int, int, int, int]
@@ -88,11 +90,20 @@ def _merged(tensor: Tensor, start: int, stop: int) -> int | None:
     return stride
 
 
+@overload
+def flat(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """One entry per row, contiguous, for a pointer that the caller must keep alive."""
     if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
         return tensor
     return tensor.to(dtype).contiguous()
+
+
+def topk_tolerance(log_probs: Tensor) -> float:
+    """What rounding may add to a top-k teacher's log-probabilities, and to the sum of its probabilities."""
+    return 1e-2 if log_probs.dtype.itemsize == 2 else 1e-3
 
 
 def address(tensor: Tensor | None) -> int:
@@ -149,5 +160,16 @@ def raise_fault(fault: Sequence[float], *, cols: int, mask_name: str = "soft_mas
         raise ValueError(
             f"teacher_logits: expected probabilities >= 0 (or their logarithms) that sum to at most 1, got a sum of "
             f"{value} in row {int(row)}. Pass logits as a plain tensor."
+        )
+    if kind == TOPK_ID:
+        twice = 0 <= value < cols
+        raise ValueError(
+            f"TopK.ids: expected different columns 0 <= id < {cols} in each row, or -1 for no entry, got {int(value)}"
+            f"{' twice' if twice else ''} in row {int(row)}. Pad rows of fewer entries with -1."
+        )
+    if kind == TOPK_LOG_PROB:
+        raise ValueError(
+            f"TopK.log_probs: expected log-probabilities <= 0 of the whole distribution at temperature T, got {value} "
+            f"in row {int(row)}. TopK.from_logits makes them from logits."
         )
     raise ValueError(f"temperature: expected a number > 0 (1e-15 to 1e15), got {value} in row {int(row)}.")

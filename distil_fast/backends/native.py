@@ -15,6 +15,7 @@ from torch import Tensor
 from distil_fast import _C
 from distil_fast.backends.buffers import empty_like_rows
 from distil_fast.backends.layout import (
+    PAIR_CODE,
     REDUCTION_CODE,
     address,
     check_inplace,
@@ -24,8 +25,9 @@ from distil_fast.backends.layout import (
     geometry,
     raise_fault,
     real_dtype,
+    topk_tolerance,
 )
-from distil_fast.backends.settings import TEACHER_FORMS, RowSettings
+from distil_fast.backends.settings import TAILS, TEACHER_FORMS, RowSettings
 
 DIVERGENCE_CODE = {name: code for code, name in enumerate(_C.DIVERGENCES)}
 
@@ -90,11 +92,12 @@ def row_loss(
     *,
     gradient: str = "no",
     upstream: Tensor | None = None,
+    topk: tuple[int, int, int, float, int, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
     """Loss, its two terms, the student's gradient and the unit that it is stored in (fp16; else 1).
 
     A count of -1 is counted here. gradient: "no", "fresh", or "inplace", which leaves it where the logits were;
-    `upstream` multiplies each row's.
+    `upstream` multiplies each row's. topk: the top-k teacher as the core takes it (`topk_loss`).
     """
     real = real_dtype(student)
     if gradient == "inplace":
@@ -133,10 +136,43 @@ def row_loss(
         loss.data_ptr(),
         soft.data_ptr(),
         hard.data_ptr(),
+        topk,
     )
     if fault[0]:
         raise_fault(fault, cols=shape[2])
     return loss, soft, hard, grad, unit
+
+
+def topk_loss(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    class_weights: Tensor | None,
+    temperature: float | Tensor,
+    soft_weight: float | Tensor,
+    hard_weight: float | Tensor,
+    soft_count: float | Tensor,
+    hard_count: float | Tensor,
+    settings: RowSettings,
+    shift: float,
+    tail: str,
+    *,
+    gradient: str = "no",
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """`row_loss` with a teacher of k columns a row; shift: the divergence's."""
+    if tuple(settings.transforms[:2]) != (1.0, 0.0):
+        raise NotImplementedError(
+            "student_logit_scale and student_softcap: not with a TopK teacher on a CPU. Apply them to student_logits."
+        )
+    rows = labels, soft_mask, class_weights
+    scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
+    tolerance = topk_tolerance(log_probs)
+    ids, log_probs = flat(ids, torch.int64), flat(log_probs, real_dtype(student))
+    topk = ids.shape[-1], address(ids), address(log_probs), tolerance, TAILS.index(tail), shift
+    return row_loss(student, None, *rows, *scalars, settings, gradient=gradient, upstream=upstream, topk=topk)
 
 
 def rescale(grad: Tensor, grad_output: Tensor, unit: float) -> None:
@@ -168,18 +204,23 @@ def softmax_backward(out: Tensor, grad_out: Tensor, temperature: float | Tensor,
     return grad
 
 
-def cosine_loss(
+def pair_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
     weight: float | Tensor,
     count: float | Tensor,
+    kind: str,
+    scale: float,
     reduction: str,
     *,
     gradient: bool = False,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in."""
+    """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in.
+
+    kind: what csrc/core.h compares two rows by; scale: of a row's value, in (0, 1].
+    """
     real = real_dtype(student)
     grad = empty_like_rows(student) if gradient else None
     shape, (student_m, teacher_m, grad_m) = geometry(student, teacher, grad)
@@ -188,13 +229,15 @@ def cosine_loss(
     if upstream is not None:
         upstream = flat(upstream.expand(student.shape[:-1]), real)
     loss, term = (torch.empty(student.shape[:-1] if reduction == "none" else (), dtype=real) for _ in range(2))
-    *fault, unit = _C.cosine_loss(
+    *fault, unit = _C.pair_loss(
         shape,
         student_m,
         teacher_m,
         grad_m,
         address(mask),
         mask_is_bool,
+        PAIR_CODE[kind],
+        scale,
         _number("weight", weight),
         _number("count", count),
         REDUCTION_CODE[reduction],

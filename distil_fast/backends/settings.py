@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+TAILS = ("bucket", "renormalise", "ignore")  # of a top-k teacher, in the ABI's order
 LOGITS, LOG_PROBS, PROBS = TEACHER_FORMS = ("logits", "log_probs", "probs")  # in the ABI's order
 
 

@@ -83,7 +83,7 @@ def _sums(rows: _Rows, top_s: Tensor, top_t: Tensor, shard: Shard) -> Tensor:
     close = d.abs() < 0.5
     gap = torch.where(close, et * torch.expm1(d), q - et)
     of_teacher = shard.of_teacher
-    lean = reference._times(et if of_teacher else q, d)
+    lean = times(et if of_teacher else q, d)
     near = et * (torch.expm1(d) - d) if of_teacher else q * (torch.expm1(-d) + d)
     tail = torch.where(close, near, gap - lean if of_teacher else lean - gap)
     at_one = (rows.student - top_s).exp()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
-from distil_fast.backends.layout import Shape, check_inplace, cut, cut_gradient, geometry
+from distil_fast.backends.layout import PAIR_UNIT, Shape, check_inplace, cut, cut_gradient, geometry
 from distil_fast.backends.settings import RowSettings
 
 WAVE = 64 if torch.version.hip else 32  # threads that run in step; AMD's data-centre GPUs have 64
@@ -40,7 +40,7 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """The kernels and their launch shapes: not imported before they are needed, because Triton is not, either."""
-    names = "divergences", "hidden", "launch", "prologue", "reduction", "rescale", "rows", "softmax"
+    names = "cosine", "divergences", "launch", "pairs", "prologue", "reduction", "rescale", "rows", "softmax"
     modules = [vars(importlib.import_module(f"distil_fast.kernels.{name}")) for name in names]
     return SimpleNamespace(**{name: value for module in modules for name, value in module.items()})
 
@@ -304,12 +304,14 @@ def softmax_backward(out: Tensor, grad_out: Tensor, temperature: Scalar, logarit
     return grad
 
 
-def cosine_loss(
+def pair_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
     weight: Scalar,
     count: Scalar,
+    kind: str,
+    scale: float,
     reduction: str,
     *,
     gradient: bool = False,
@@ -317,49 +319,67 @@ def cosine_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None, Scalar]:
     """Weighted loss, the term before its weight, the student's gradient and the unit that it is stored in.
 
-    The unit of a reduced fp16 gradient depends on the norms of all rows: there the gradient is a launch of its own.
+    kind: what csrc/core.h compares two rows by; scale: of a row's value, in (0, 1]. The unit of the cosine's reduced
+    fp16 gradient depends on the norms of all rows: there the gradient is a launch of its own.
     """
     student = student.detach()
     grad = _like(student) if gradient else None
     shape, (s, t, g) = _arrange(student, teacher, grad)
     each = reduction == "none"
-    weights, _, fault = _weigh(
-        shape, None, mask, 1.0, upstream, (weight, 0.0), (count, -1.0), like=student, mean=reduction == "mean"
+    in_units = grad is not None and student.dtype == torch.float16 and upstream is None and not each
+    weights, unit, fault = _weigh(
+        shape,
+        None,
+        mask,
+        1.0 / (PAIR_UNIT * scale),  # what a gradient is divided by
+        upstream,
+        (weight, 0.0),
+        (count, -1.0),
+        like=student,
+        mean=reduction == "mean",
+        in_units=in_units and kind != "cosine",
     )
     raise_if_checking(fault, shape[2], "mask")
     loss, term = (_empty(student, student.shape[:-1] if each else ()) for _ in range(2))
+    launch = functools.partial(_pair_rows, student, shape, (s, t), weights, weight, kind, scale)
     if each:
-        _cosine_rows(student, shape, (s, t, g), weights, weight, loss=loss, term=term)
+        launch(g, loss=loss, term=term)
         return loss, term, grad, 1.0
     parts = _empty(student, (shape[0] * shape[1],))
-    if grad is None or student.dtype != torch.float16 or upstream is not None:
-        _cosine_rows(student, shape, (s, t, g), weights, weight, term=parts)
+    if in_units and kind == "cosine":
+        sizes, unit = torch.empty_like(parts), _empty(student, ())
+        launch(_Rows(None), term=parts, sizes=sizes)
+        _reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
+        launch(g, unit=unit)
+    else:
+        launch(g, unit=unit, term=parts)
         _reduce(parts, None, (weight, 0.0), loss, term, None)
-        return loss, term, grad, 1.0
-    sizes, unit = torch.empty_like(parts), _empty(student, ())
-    _cosine_rows(student, shape, (s, t, _Rows(None)), weights, weight, term=parts, sizes=sizes)
-    _reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
-    _cosine_rows(student, shape, (s, t, g), weights, weight, unit=unit)
-    return loss, term, grad, unit
+    return loss, term, grad, 1.0 if unit is None else unit
 
 
-def _cosine_rows(
+def _pair_rows(
     student: Tensor,
     shape: Shape,
-    tensors: tuple[_Rows, _Rows, _Rows],
+    pair: tuple[_Rows, _Rows],
     weights: Tensor,
     weight: Scalar,
+    kind: str,
+    scale: float,
+    g: _Rows,
     *,
     unit: Tensor | None = None,
     loss: Tensor | None = None,
     term: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> None:
-    """One launch of the cosine kernel: values, gradient, or both."""
-    s, t, g = tensors
-    frame, group = s if g.head is None else g, _group(s.head, t.head)
-    rows = shape[0] * shape[1]
-    made = loss, term, sizes
+    """One launch over the rows: values, gradient, or both."""
+    s, t = pair
+    kernels, frame, group = _kernels(), s if g.head is None else g, _group(s.head, t.head)
     aligned = {"ALIGNED_S": _aligned(s, frame, shape, group), "ALIGNED_T": _aligned(t, frame, shape, group)}
-    pointers = (*s, *t, *g, *shape[1:], weights, rows, unit, _scalar(weight), *made)
-    _each_row(_kernels().cosine_kernel, student, shape, *pointers, VEC=group, **aligned)
+    given = (*s, *t, *g, *shape[1:], weights, shape[0] * shape[1], unit, _scalar(weight))
+    if kind == "cosine":
+        _each_row(kernels.cosine_kernel, student, shape, *given, loss, term, sizes, VEC=group, **aligned)
+    else:
+        constants = {"PAIR": kernels.PAIRS[kind], "FIRST": kind in kernels.HAVE_FIRST, "VEC": group, **aligned}
+        bound = kernels.register_bound(WAVE)
+        _each_row(kernels.entries_kernel, student, shape, *given, scale, loss, term, **constants, **bound)

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     for name, text in (
         ("loss", "time, memory and error of the losses against eager and compiled torch and a copy of memory"),
+        ("linear", "the fused heads against eager and compiled torch, Liger, and their matrix products alone"),
         ("gpu", "the losses on a GPU, beside eager and compiled torch, Liger, and a copy of memory"),
         ("overhead", "the cost of a call, on tensors so small that nothing else counts"),
     ):

@@ -28,6 +28,7 @@ class Case:
 
     Cases of one group are timed in turn with each other, because their times are compared. `calls` is how many calls
     one sample times: more than one where a call takes microseconds, which then also finds its data in cache.
+    Linear problems have a `width`, of the hidden states, and a `teacher_width` where it differs.
     `first_calls` asks for a further row: calls that get memory which the process has never used before. `graph`: on a
     GPU, the call is captured in a graph once, and replayed.
     """
@@ -47,12 +48,16 @@ class Case:
     quick: bool = False
     device: str = "cpu"
     graph: bool = False
+    width: int = 0
+    teacher_width: int = 0
 
     @property
     def name(self) -> str:
         """What tells this case from every other."""
         parts = [self.problem, DTYPE_NAMES[self.dtype], f"{self.rows}x{self.cols}"]
-        if self.temperature is not None:
+        if self.width:
+            parts.append(f"H={self.width}" + (f"/{self.teacher_width}" if self.teacher_width else ""))
+        elif self.temperature is not None:
             parts += ["in place" if self.inplace else "fresh", f"T={self.temperature:g}"]
         if self.grad_output != 1.0:
             parts.append(f"grad_output={self.grad_output:g}")
@@ -97,8 +102,19 @@ MEMORY: tuple[Case, ...] = tuple(
     for rows, cols, dtype in ((64, 30522, FP32), (64, 151936, FP32), (512, 151936, FP32), (512, 151936, BF16))
 )
 
+PRODUCTS = "products"  # the four matrix products of the heads alone: the yardstick of linear cases
+WITH_HEADS = (PRODUCTS, "eager", "compiled", "liger", "ours")
 GPU_ROWS = 8192
 VOCABULARIES = (30522, 32000, 50257, 128256, 151936, 256000)
+
+LINEAR: tuple[Case, ...] = (
+    *(
+        Case("linear KL+CE", 1024, 30522, dtype, contenders=contenders, width=width, quick=width == 384)
+        for width in (384, 768)
+        for dtype, contenders in ((FP32, WITH_HEADS), (BF16, (*WITH_HEADS, "ours fast")))
+    ),
+    *(Case("linear KL+CE", 512, cols, FP32, contenders=WITH_HEADS, width=384) for cols in VOCABULARIES),
+)
 ON_GPU = ("eager", "compiled", "liger", "ours", "ours cuda", "ours triton")
 
 
@@ -122,12 +138,20 @@ def _gpu() -> Iterator[Case]:
     yield case("KL+CE", 30522, temperature=2.0, grad_output=0.25)
     yield case("KL+CE", 30522, FP16, temperature=2.0, grad_output=LOSS_SCALE)
     yield case("cosine", 768)
+    for rows in (4096, GPU_ROWS):
+        contenders = (*WITH_HEADS, "ours fast")
+        yield case("linear KL+CE", 128256, rows=rows, contenders=contenders, width=2048, teacher_width=4096)
     yield case("KL+CE", 30522, rows=32, temperature=2.0, graph=True, quick=True)
 
 
 GPU = tuple(_gpu())
 
-SUITES: dict[str, tuple[Case, ...]] = {"loss": (*LOSS, *OVERHEAD), "overhead": OVERHEAD, "gpu": GPU}
+SUITES: dict[str, tuple[Case, ...]] = {
+    "loss": (*LOSS, *OVERHEAD),
+    "linear": LINEAR,
+    "overhead": OVERHEAD,
+    "gpu": GPU,
+}
 
 
 def select(cases: Sequence[Case], *, quick: bool = False, containing: str = "") -> list[Case]:

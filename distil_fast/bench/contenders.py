@@ -15,17 +15,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from distil_fast import _C, backends
-from distil_fast.bench.cases import Case
-from distil_fast.bench.problems import (
-    HARD_WEIGHT,
-    KL,
-    SOFT_WEIGHT,
-    CrossEntropy,
-    Function,
-    KLAndCrossEntropy,
-    Outcome,
-    Problem,
-)
+from distil_fast.bench.cases import PRODUCTS, Case
+from distil_fast.bench.linear import LinearKLAndCrossEntropy
+from distil_fast.bench.problem import HARD_WEIGHT, SOFT_WEIGHT, Function, Outcome, Problem
+from distil_fast.bench.problems import KL, CrossEntropy, KLAndCrossEntropy
 
 BEST_INSTRUCTION_SET = _C.instruction_set()
 ABSENT = "not available"  # how the reason begins where the machine lacks something
@@ -47,6 +40,7 @@ class Contender:
     function: Function
     instruction_set: str = BEST_INSTRUCTION_SET
     backend: str | None = None
+    precision: str = "exact"
 
     @property
     def calls(self) -> int:
@@ -60,11 +54,33 @@ class Contender:
         """What must be done before a call, outside the clock."""
         _C.use_instruction_set(self.instruction_set)
         self.problem.backend = self.backend
+        if isinstance(self.problem, LinearKLAndCrossEntropy):
+            self.problem.precision = self.precision
         self.problem.prepare(self.function)
 
     def call(self) -> Outcome:
         """One call, inside the clock."""
         return self.problem.run(self.function)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The matrix products of a linear problem alone: no answer, but what every answer costs at least."""
+
+    case: Case
+    problem: LinearKLAndCrossEntropy
+    name: str = PRODUCTS
+    calls: int = 1
+
+    @property
+    def device(self) -> str:
+        return self.case.device
+
+    def prepare(self) -> None:
+        """Nothing is to be prepared."""
+
+    def call(self) -> Outcome:
+        return self.problem.products()
 
 
 class Graphed:
@@ -109,6 +125,8 @@ def _compiled(function: Function) -> Function:
 
 def _liger(problem: Problem, case: Case) -> Function:
     """Liger's kernels from logits: its JSD at beta 0 (forward KL) of log_softmax, plus its cross-entropy."""
+    if isinstance(problem, LinearKLAndCrossEntropy):
+        return _liger_linear(problem)
     try:
         from liger_kernel.transformers import LigerCrossEntropyLoss, LigerJSD
     except ImportError:
@@ -126,6 +144,16 @@ def _liger(problem: Problem, case: Case) -> Function:
     if isinstance(problem, CrossEntropy):
         return lambda s, _, y: cross_entropy(s, y)
     raise UnavailableError(f"{ABSENT}: Liger has no kernel of {case.problem}")
+
+
+def _liger_linear(problem: LinearKLAndCrossEntropy) -> Function:
+    """Liger's chunked distillation, compiled, at its default chunk of 1024 rows: plain torch, on any device."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError:
+        raise UnavailableError(f"{ABSENT}: liger-kernel is not installed") from None
+    t = problem.temperature
+    return LigerFusedLinearJSDLoss(HARD_WEIGHT, SOFT_WEIGHT * t**2, beta=0.0, temperature=t)
 
 
 FUNCTIONS: dict[str, Callable[[Problem], Function]] = {
@@ -162,6 +190,8 @@ def _build(name: str, case: Case, problem: Problem) -> Contender:
     if family(name) != "ours":
         raise KeyError(name)
     held_to = name.removeprefix("ours ")
+    if held_to == "fast":
+        return Contender(case, name, problem, problem.ours, precision=held_to)
     if held_to in backends.KERNELS:
         try:
             backends.serving(case.device, case.dtype, held_to)

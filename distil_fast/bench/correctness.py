@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_fast.bench.problems import Exact, Outcome
+from distil_fast.bench.problem import Exact, Outcome
 
 # dtype: relative error of the loss, and of the array in the rows where the models differ. bf16 eager torch, which
 # rounds probabilities, log-probabilities and the loss on the way, reaches half of them.

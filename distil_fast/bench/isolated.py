@@ -19,7 +19,7 @@ import torch
 
 from distil_fast.bench import contenders, measure, problems
 from distil_fast.bench.cases import Case
-from distil_fast.bench.problems import Outcome
+from distil_fast.bench.problem import Outcome, Problem
 
 Result = TypeVar("Result")
 
@@ -57,7 +57,7 @@ def peak_extra_bytes(case: Case, names: tuple[str, ...]) -> dict[str, int]:
     return {name: _peak_extra(name, case, problem) for name in names}
 
 
-def _peak_extra(name: str, case: Case, problem: problems.Problem) -> int:
+def _peak_extra(name: str, case: Case, problem: Problem) -> int:
     contender = contenders.build(name, case, problem)
     used: list[Outcome] = []  # kept, so that the measured call cannot use their memory again
     if "compiled" in name:
@@ -80,7 +80,7 @@ def _peak() -> int:
 
 def _call_once_small(name: str, case: Case) -> None:
     """Loads code and starts threads."""
-    small = replace(case, rows=8, cols=16)
+    small = replace(case, rows=8, cols=64)
     contender = contenders.build(name, small, problems.make(small))
     contender.prepare()
     contender.call()

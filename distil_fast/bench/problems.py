@@ -7,10 +7,9 @@ Next: correctness.py, which compares with the answer.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,62 +18,20 @@ from torch import Tensor
 import distil_fast
 from distil_fast import reference
 from distil_fast.bench.cases import Case
-
-SOFT_WEIGHT, HARD_WEIGHT = 0.5, 0.5
-NEAR = 2  # rows where the models nearly agree
-DIFFERENCE = 0.01  # between their logits there
-CHECKED = 8  # other rows whose gradient is compared
-ORACLE_ROWS = 32  # at a time, to keep the float64 copies small
-
-Function = Callable[..., Tensor]
-
-
-class Outcome(NamedTuple):
-    """What one call returned: a loss, if the operation has one, and the array of the operation, mostly a gradient."""
-
-    loss: Tensor | None
-    array: Tensor
-
-
-class Exact(NamedTuple):
-    """The float64 answer: the loss of all rows, and some rows of the array, the last `near` those that nearly agree."""
-
-    loss: float | None
-    rows: Tensor
-    array: Tensor
-    near: int
-
-
-class Problem(ABC):
-    """The inputs of one case, which all contenders share. `arrays` of the input's size must be read or written."""
-
-    arrays: ClassVar[int] = 3
-    inputs: tuple[Tensor, ...]
-    backend: str | None = None  # of distil_fast, for the next call of `ours`
-
-    @property
-    def floor_bytes(self) -> int:
-        """The least memory traffic of the operation, credited to every contender."""
-        return self.arrays * self.inputs[0].numel() * self.inputs[0].element_size()
-
-    @abstractmethod
-    def formula(self, *inputs: Any) -> Tensor:
-        """The operation in torch, as its users write it."""
-
-    @abstractmethod
-    def ours(self, *inputs: Any) -> Tensor:
-        """The operation by distil_fast."""
-
-    def prepare(self, function: Function) -> None:  # noqa: B027 - most need nothing
-        """What a call needs and the clock must not see."""
-
-    @abstractmethod
-    def run(self, function: Function) -> Outcome:
-        """One call, all of it timed."""
-
-    @abstractmethod
-    def exact(self) -> Exact:
-        """The answer, from the inputs as rounded to the case's dtype."""
+from distil_fast.bench.linear import LinearKLAndCrossEntropy
+from distil_fast.bench.problem import (
+    DIFFERENCE,
+    HARD_WEIGHT,
+    NEAR,
+    ORACLE_ROWS,
+    SOFT_WEIGHT,
+    Exact,
+    Function,
+    Outcome,
+    Problem,
+    normal_numbers,
+    spread_out,
+)
 
 
 class LossProblem(Problem):
@@ -85,7 +42,7 @@ class LossProblem(Problem):
     def __init__(self, case: Case) -> None:
         self.case = case
         self.temperature = 1.0 if case.temperature is None else case.temperature
-        normal, generator = _normal(case, seed=0)
+        normal, generator = normal_numbers(case, seed=0)
         teacher, student = (normal(case.rows, case.cols).mul_(self.spread) for _ in range(2))
         student[-NEAR:] = teacher[-NEAR:] + DIFFERENCE * normal(NEAR, case.cols)
         self.student = _laid_out(student, case).requires_grad_()
@@ -119,7 +76,7 @@ class LossProblem(Problem):
             for student, teacher, labels in zip(*(t.split(ORACLE_ROWS) for t in data), strict=True)
         )
         near = torch.arange(self.case.rows - NEAR, self.case.rows)
-        chosen = torch.cat([_spread_out(self.case.rows - NEAR), near])
+        chosen = torch.cat([spread_out(self.case.rows - NEAR), near])
         student, teacher, labels = (t[chosen] for t in data)
         student = student.double().requires_grad_()
         share = self.definition(student, teacher.double(), labels) * self.case.grad_output
@@ -231,7 +188,7 @@ class Softmax(Problem):
     arrays = 2
 
     def __init__(self, case: Case) -> None:
-        self.logits = _normal(case, seed=0)[0](case.rows, case.cols).mul_(3.0).to(case.dtype)
+        self.logits = normal_numbers(case, seed=0)[0](case.rows, case.cols).mul_(3.0).to(case.dtype)
         self.inputs = (self.logits,)
 
     def formula(self, logits: Tensor) -> Tensor:
@@ -244,7 +201,7 @@ class Softmax(Problem):
         return Outcome(None, function(self.logits))
 
     def exact(self) -> Exact:
-        chosen = _spread_out(len(self.logits))
+        chosen = spread_out(len(self.logits))
         return Exact(None, chosen, reference.softmax(self.logits[chosen].double()), 0)
 
 
@@ -256,7 +213,7 @@ class SoftmaxBackward(Softmax):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.logits.requires_grad_()
-        self.upstream = _normal(case, seed=1)[0](*self.logits.shape).to(case.dtype)
+        self.upstream = normal_numbers(case, seed=1)[0](*self.logits.shape).to(case.dtype)
 
     def prepare(self, function: Function) -> None:
         self.out = function(self.logits)
@@ -265,7 +222,7 @@ class SoftmaxBackward(Softmax):
         return Outcome(None, torch.autograd.grad(self.out, self.logits, self.upstream)[0])
 
     def exact(self) -> Exact:
-        chosen = _spread_out(len(self.logits))
+        chosen = spread_out(len(self.logits))
         logits = self.logits.detach()[chosen].double().requires_grad_()
         (gradient,) = torch.autograd.grad(reference.softmax(logits), logits, self.upstream[chosen].double())
         return Exact(None, chosen, gradient, 0)
@@ -277,6 +234,7 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "KL": KL,
     "CE": CrossEntropy,
     "cosine": Cosine,
+    "linear KL+CE": LinearKLAndCrossEntropy,
     "softmax": Softmax,
     "softmax backward": SoftmaxBackward,
 }
@@ -285,12 +243,6 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
 def make(case: Case) -> Problem:
     """The problem of a case, its inputs filled."""
     return PROBLEMS[case.problem](case)
-
-
-def _normal(case: Case, seed: int) -> tuple[Callable[..., Tensor], torch.Generator]:
-    """Standard normal numbers of any shape on the case's device, and where they come from."""
-    generator = torch.Generator(case.device).manual_seed(seed)
-    return partial(torch.randn, generator=generator, device=case.device), generator
 
 
 def _laid_out(values: Tensor, case: Case) -> Tensor:
@@ -304,8 +256,3 @@ def _laid_out(values: Tensor, case: Case) -> Tensor:
 
 def _rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
-
-
-def _spread_out(rows: int) -> Tensor:
-    """Numbers of a few rows, from the first to the last."""
-    return torch.linspace(0, rows - 1, min(rows, CHECKED)).long()

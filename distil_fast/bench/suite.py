@@ -16,11 +16,14 @@ import torch
 from distil_fast import _C
 from distil_fast.bench import cases, contenders, correctness, isolated, machine, measure, problems, results
 from distil_fast.bench.cases import Case
-from distil_fast.bench.contenders import Contender, Graphed
+from distil_fast.bench.contenders import Contender, Graphed, Products
+from distil_fast.bench.linear import LinearKLAndCrossEntropy
 from distil_fast.bench.measure import Effort, Sampled, Timing
+from distil_fast.bench.problem import Exact, Problem
 from distil_fast.bench.results import Memory, Results, Row
 
 FIRST_CALLS, FIRST_CALL = 5, "ours, first call"
+NO_PEAK = (*cases.INSTRUCTION_SETS, cases.PRODUCTS)  # peaks are those of "ours", or of no answer
 Note = Callable[[str], None]
 
 
@@ -68,7 +71,7 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     if group[0].device == "cuda":
         torch.cuda.empty_cache()
     rows: list[Row] = []
-    admitted: list[Contender | Graphed] = []
+    admitted: list[Contender | Graphed | Products] = []
     numbers: list[int] = []
     for case in group:
         problem = problems.make(case)
@@ -86,12 +89,12 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     return [replace(row, copy_gb_per_s=rate) for row in rows]
 
 
-def checked(
-    name: str, case: Case, problem: problems.Problem, exact: problems.Exact
-) -> tuple[Row, Contender | Graphed | None]:
+def checked(name: str, case: Case, problem: Problem, exact: Exact) -> tuple[Row, Contender | Graphed | Products | None]:
     """A contender's row before it is timed, and the contender, unless it is absent, fails, or is wrong."""
     floor_bytes = problem.floor_bytes if case.calls == 1 else 0
     row = Row(case.name, name, floor_bytes)
+    if isinstance(problem, LinearKLAndCrossEntropy) and name == cases.PRODUCTS:
+        return row, Products(case, problem)
     try:
         contender = contenders.build(name, case, problem)
         contender.prepare()
@@ -124,7 +127,7 @@ def _with_isolated(found: Results, chosen: Sequence[Case], note: Note) -> list[R
         own = [row for row in found.rows if row.case == case.name]
         if case.calls == 1 and case.device == "cpu":
             note(f"peak memory of {case.name}")
-            names = [row.contender for row in own if row.timing and row.contender not in cases.INSTRUCTION_SETS]
+            names = [row.contender for row in own if row.timing and row.contender not in NO_PEAK]
             names.sort(key=lambda name: name != "ours")
             peaks = isolated.fresh(isolated.peak_extra_bytes, case, tuple(names))
             own = [replace(row, peak_extra_bytes=peaks.get(row.contender)) for row in own]

@@ -46,8 +46,8 @@ class Rows(NamedTuple):
 
     def reduce(self, found: conduct.Measured, leading: torch.Size, real: torch.dtype) -> LossTerms:
         """Loss and terms from the rows' values."""
-        soft = reference._times(self.soft_shares, found.soft)
-        hard = reference._times(self.hard_shares, found.hard)
+        soft = times(self.soft_shares, found.soft)
+        hard = times(self.hard_shares, found.hard)
         loss = self.soft_weight * soft + self.hard_weight * hard
         none = self.settings.reduction == "none"
         return LossTerms(*((x.view(leading) if none else x.sum()).to(real) for x in (loss, soft, hard)))
@@ -127,7 +127,7 @@ def _soft_shares(
     if mask is not None:
         shares = mask.flatten().double()
         _check(MASK, shares, (shares >= 0) & shares.isfinite())
-    return reference._share(shares, _count(numbers[3]), settings.reduction)
+    return share(shares, _count(numbers[3]), settings.reduction)
 
 
 def _hard_shares(labels: Tensor, class_weights: Tensor | None, numbers: list[float], settings: RowSettings) -> Tensor:
@@ -140,7 +140,7 @@ def _hard_shares(labels: Tensor, class_weights: Tensor | None, numbers: list[flo
         _check(CLASS_WEIGHT, weights, (weights >= 0) & weights.isfinite())
         check_labels(labels, valid, len(weights))
         shares = torch.where(valid, weights[torch.where(valid, labels, 0)], 0.0)
-    return reference._share(shares, _count(numbers[4]), settings.reduction)
+    return share(shares, _count(numbers[4]), settings.reduction)
 
 
 def check_labels(labels: Tensor, used: Tensor, vocabulary: int) -> None:

@@ -29,7 +29,8 @@ def errors_of(case: Case, name: str) -> correctness.Errors:
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("problem", sorted(problems.PROBLEMS))
 def test_right_contenders_are_timed(problem: str, dtype: torch.dtype, name: str) -> None:
-    case = Case(problem, 16, 257, dtype, temperature=3.7 if problem == "KL+CE" else None)
+    width = 24 if problem.startswith("linear") else 0
+    case = Case(problem, 16, 257, dtype, temperature=3.7 if problem == "KL+CE" else None, width=width)
     found = errors_of(case, name)
     assert correctness.verdict(found, dtype) is None
     assert found.array < (1e-5 if dtype == FP32 else 1e-2)
@@ -53,6 +54,22 @@ def test_the_last_rows_tell_who_loses_the_gradient_as_the_models_agree() -> None
     assert eager.near is not None
     assert ours.near is not None
     assert ours.near < 0.01 < eager.near
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_heads_that_differ_in_width(dtype: torch.dtype) -> None:
+    case = Case("linear KL+CE", 40, 257, dtype, width=24, teacher_width=36)
+    for name in ("eager", "ours", "ours fast"):
+        assert correctness.verdict(errors_of(case, name), dtype) is None, name
+
+
+def test_the_products_are_a_yardstick_and_no_answer() -> None:
+    case = Case("linear KL+CE", 16, 257, FP32, width=24)
+    problem = problems.make(case)
+    row, contender = suite.checked(cases.PRODUCTS, case, problem, problem.exact())
+    assert (row.errors, row.refused) == (None, None)
+    assert isinstance(contender, contenders.Products)
+    assert contender.call().array.shape == (16, 24)
 
 
 def test_an_inplace_case_is_refilled() -> None:
@@ -177,12 +194,12 @@ def test_floor_bytes(case: Case, expected: int) -> None:
 
 
 def test_the_table_is_consistent() -> None:
-    every = [*cases.LOSS, *cases.OVERHEAD, *cases.MEMORY]
+    every = [*cases.LOSS, *cases.LINEAR, *cases.OVERHEAD, *cases.MEMORY]
     assert len({case.name for case in every}) == len(every)
     for case in every:
         assert case.problem in problems.PROBLEMS
         unknown = {n for n in case.contenders if n not in contenders.FUNCTIONS} - set(cases.INSTRUCTION_SETS)
-        assert not unknown
+        assert unknown <= {cases.PRODUCTS, "liger", "ours fast"}
     assert {case.name for case in cases.select(every, quick=True)} < {case.name for case in every}
     assert [case.name for case in cases.select(every, containing="softmax b")] == ["softmax backward fp32 512x30522"]
     grouped = cases.groups(cases.LOSS)

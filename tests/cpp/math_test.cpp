@@ -145,6 +145,18 @@ void others() {
   check(
       "log1p, far", Real(-0.9999), Real(1e30), [](V x) { return log1p(x); },
       [](long double x) { return std::log1p(x); }, ulps(1.5L));
+  check(
+      "log", Real(0x1p-125), Real(0x1p125), [](V x) { return log(x); }, [](long double x) { return std::log(x); },
+      ulps(1.5L));
+  check(
+      "log1p(x) - x", Real(-0.25), Real(0.25), [](V x) { return log1p_tail(x); },
+      [](long double x) {
+        if (std::fabs(x) > 1e-2L) return std::log1p(x) - x;
+        long double power = x, series = 0;
+        for (int n = 2; n <= 11; ++n) series += (power *= -x) / n;
+        return series;
+      },
+      [](long double, long double truth) { return 4.5L * ulp(truth) + std::numeric_limits<Real>::min(); });
   same("expm1(0)", expm1(V(0)), 0);
   same("log1p(0)", log1p(V(0)), 0);
 }

@@ -54,12 +54,12 @@ struct Rows {
   DType dtype;
   std::unique_ptr<char[]> memory;
 
-  Rows(int64_t r, int64_t c, int64_t g, DType d) : rows(r), cols(c), gap(g), dtype(d) {
+  Rows(int64_t r, int64_t c, int64_t g, DType d, bool positive = false) : rows(r), cols(c), gap(g), dtype(d) {
     const int64_t bytes = r ? (r * c + (r - 1) * g) * size_of(d) : 0;
     memory.reset(new char[bytes]);
     std::memset(memory.get(), 0xFF, bytes);
     for (int64_t i = 0; i < r; ++i)
-      for (int64_t j = 0; j < c; ++j) put(at(i, j), d, random_number());
+      for (int64_t j = 0; j < c; ++j) put(at(i, j), d, positive ? 0.5 + std::fabs(random_number()) : random_number());
   }
   char* at(int64_t i, int64_t j) const { return memory.get() + (i * (cols + gap) + j) * size_of(dtype); }
   Matrix matrix(int64_t inner) const { return {memory.get(), dtype, inner * (cols + gap), cols + gap}; }
@@ -154,37 +154,40 @@ void softmaxes(const Shape& s, DType dtype, bool logarithm) {
 }
 
 template <class Real>
-void cosines(const Shape& s, DType student_dtype, DType teacher_dtype, int variant) {
-  Rows student(s.rows(), s.cols, s.gap, student_dtype), teacher(s.rows(), s.cols, 0, teacher_dtype),
+void pair_losses(const Shape& s, DType student_dtype, DType teacher_dtype, PairKind kind, int variant) {
+  const bool positive = kind == PairKind::kl;
+  Rows student(s.rows(), s.cols, s.gap, student_dtype, positive), teacher(s.rows(), s.cols, 0, teacher_dtype, positive),
       grad(s.rows(), s.cols, 0, student_dtype);
   auto mask = numbers<Real>(s.rows(), 0.5), upstream = numbers<Real>(s.rows(), -2);
   const bool none = variant % 3 == 2;
   auto loss = numbers<Real>(none ? s.rows() : 1, NAN), term = numbers<Real>(none ? s.rows() : 1, NAN);
   double unit = NAN;
-  CosineLoss call;
+  PairLoss call;
   call.outer = s.outer, call.inner = s.inner, call.cols = s.cols;
   call.student = student.matrix(s.inner), call.teacher = teacher.matrix(s.inner);
+  call.kind = kind, call.scale = kind == PairKind::cosine ? 1.0 : 0.25;
   if (variant % 2) call.grad = grad.matrix(s.inner);
   if (variant % 3) call.mask = mask.get();
   if (none) call.upstream = upstream.get();
   call.reduction = static_cast<Reduction>(variant % 3);
   call.loss = loss.get(), call.term = term.get(), call.unit = &unit;
-  expect(cosine_loss_cpu(call).kind == FaultKind::nothing, "cosine_loss: a fault without a reason");
+  expect(pair_loss_cpu(call).kind == FaultKind::nothing, "pair_loss: a fault without a reason");
   for (int64_t i = 0; i < (none ? s.rows() : 1); ++i)
-    expect(std::isfinite(loss[i]), "cosine_loss: a loss that is no number");
-  if (variant % 2) grad.check("cosine_loss, gradient");
+    expect(std::isfinite(loss[i]), "pair_loss: a loss that is no number");
+  if (variant % 2) grad.check("pair_loss, gradient");
 }
 
 void all(const Shape& s, int variants) {
   constexpr DType half_or_float[] = {DType::f32, DType::f16, DType::bf16};
+  constexpr PairKind kinds[] = {PairKind::cosine, PairKind::squared, PairKind::kl};
   for (int variant = 0; variant < variants; ++variant) {
     for (DType student : half_or_float)
       for (DType teacher : half_or_float) {
         row_losses<float>(s, student, teacher, variant);
-        cosines<float>(s, student, teacher, variant);
+        for (PairKind kind : kinds) pair_losses<float>(s, student, teacher, kind, variant);
       }
     row_losses<double>(s, DType::f64, DType::f64, variant);
-    cosines<double>(s, DType::f64, DType::f64, variant);
+    for (PairKind kind : kinds) pair_losses<double>(s, DType::f64, DType::f64, kind, variant);
   }
   for (bool logarithm : {false, true}) {
     for (DType dtype : half_or_float) softmaxes<float>(s, dtype, logarithm);

@@ -19,8 +19,8 @@ from tests.cuda import emulated
 # Compute capability, bytes of shared memory, clusters at a time (fewer than most tests have rows: each takes several).
 # Of the last, most rows are too large for shared memory.
 DEVICES = {"sm_90": (9, 227 << 10, 3), "sm_80": (8, 163 << 10, 2), "sm_80, little memory": (8, 30 << 10, 3)}
-QUICK = ("test_matrix[", "test_a_bad_row", "test_softmax_", "test_cosine_values")
-OPS = ("row_loss", "rescale", "softmax", "softmax_backward", "cosine_loss")
+QUICK = ("test_matrix[", "test_a_bad_row", "test_softmax_", "test_cosine_values", "test_pair_values")
+OPS = ("row_loss", "rescale", "softmax", "softmax_backward", "pair_loss")
 
 
 @pytest.fixture(scope="session")

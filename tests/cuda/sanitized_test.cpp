@@ -42,6 +42,12 @@ struct Values {
   double at(int64_t row, int64_t j) const {
     return dtype == DType::f32 ? f32[row * step + j] : widened(bf16[row * step + j]);
   }
+  void set(int64_t row, int64_t j, double x) {
+    if (dtype == DType::f32)
+      f32[row * step + j] = static_cast<float>(x);
+    else
+      bf16[row * step + j] = hw::narrow_bfloat16(static_cast<float>(x));
+  }
   Matrix matrix() {
     return {dtype == DType::f32 ? static_cast<void*>(f32.data()) : static_cast<void*>(bf16.data()), dtype, 0, step};
   }
@@ -144,12 +150,12 @@ void cosine(int64_t cols) {
   std::vector<float> workspace(row_workspace_cuda(rows));
   float loss = 0, term = 0;
   double fault[3], expected = 0.0;
-  CudaCosineLoss call;
+  CudaPairLoss call;
   set_shape(call.numbers, cols);
   call.numbers.student = s.matrix(), call.numbers.teacher = t.matrix(), call.numbers.grad = grad.matrix();
   call.numbers.reduction = Reduction::sum, call.numbers.loss = &loss, call.numbers.term = &term;
   call.fault = fault, call.workspace = workspace.data();
-  expect(!cosine_loss_cuda(call), "cosine");
+  expect(!pair_loss_cuda(call), "cosine");
   for (int64_t row = 0; row < rows; ++row) {
     double ss = 0.0, tt = 0.0, st = 0.0, along = 0.0;
     for (int64_t j = 0; j < cols; ++j) {
@@ -160,6 +166,33 @@ void cosine(int64_t cols) {
     expect(std::fabs(along) < 1e-4, "cosine's gradient, along the student");
   }
   expect(close(loss, expected, 0.1, 1e-5), "cosine, " + std::to_string(cols) + " columns");
+}
+
+// Of probabilities that sum to 1, but for their rounding, and of any numbers.
+void entries(PairKind kind, int64_t cols) {
+  Values s(cols, cols, DType::bf16, 12), t(cols, cols, DType::f32, 13), grad(cols, cols, DType::bf16, 14);
+  std::vector<float> workspace(row_workspace_cuda(rows));
+  float loss = 0, term = 0;
+  double fault[3], expected = 0.0;
+  for (int64_t row = 0; row < rows && kind == PairKind::kl; ++row)
+    for (int64_t j = 0; j < cols; ++j)
+      s.set(row, j, std::exp(s.at(row, j)) / cols), t.set(row, j, std::exp(t.at(row, j)) / cols);
+  CudaPairLoss call;
+  set_shape(call.numbers, cols);
+  call.numbers.student = s.matrix(), call.numbers.teacher = t.matrix(), call.numbers.grad = grad.matrix();
+  call.numbers.kind = kind, call.numbers.scale = 0.5, call.numbers.reduction = Reduction::sum;
+  call.numbers.loss = &loss, call.numbers.term = &term;
+  call.fault = fault, call.workspace = workspace.data();
+  const std::string what = "pairs, " + std::to_string(cols) + " columns";
+  expect(!pair_loss_cuda(call), what);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < cols; ++j) {
+      const double a = s.at(row, j), b = t.at(row, j), squared = kind == PairKind::squared;
+      expected += 0.5 * (squared ? (a - b) * (a - b) : b * std::log(b / a));
+      if (!close(grad.at(row, j), squared ? a - b : -0.5 * b / a, 1e-2, 4e-3))
+        return expect(false, what + ": gradient");
+    }
+  expect(close(loss, expected, 0.1, 1e-5), what);
 }
 
 }  // namespace
@@ -175,6 +208,7 @@ int main() {
       rescale(cols);
       softmax(cols);
       if (cols > 1) cosine(cols);
+      for (PairKind kind : {PairKind::squared, PairKind::kl}) entries(kind, cols);
     }
   }
   std::puts(wrong ? "wrong" : "clean");

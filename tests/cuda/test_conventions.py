@@ -75,7 +75,7 @@ def test_unit_is_the_cpus_and_stays_on_the_device(dtype: torch.dtype) -> None:
     assert grad is not None
     *_, unit = cuda.row_loss(student, teacher, labels, *args, gradient="fresh", upstream=torch.ones(6))
     assert unit == 1.0
-    *_, unit = cuda.cosine_loss(student, teacher, None, 1.0, -1.0, "mean", gradient=True)
+    *_, unit = cuda.pair_loss(student, teacher, None, 1.0, -1.0, "cosine", 1.0, "mean", gradient=True)
     assert isinstance(unit, Tensor) == (dtype == torch.float16)
 
 
@@ -153,7 +153,7 @@ def test_the_checking_mode_in_the_other_ops() -> None:
     student, teacher, _ = case()
     mask, temperature = torch.ones(6), torch.full((6,), 2.0)
     mask[3], temperature[2] = -1.0, math.inf
-    loss, _, grad, _ = cuda.cosine_loss(student, teacher, mask, 1.0, -1.0, "none", gradient=True)
+    loss, _, grad, _ = cuda.pair_loss(student, teacher, mask, 1.0, -1.0, "cosine", 1.0, "none", gradient=True)
     assert loss.isnan().tolist() == [i == 3 for i in range(6)]
     assert grad is not None
     assert (grad[3] == 0).all()
@@ -161,7 +161,7 @@ def test_the_checking_mode_in_the_other_ops() -> None:
     assert out.isnan().all(-1).tolist() == [i == 2 for i in range(6)]
     with backends.checked():
         with pytest.raises(ValueError, match=r"mask: expected finite token weights >= 0, got -1.0 in row 3"):
-            cuda.cosine_loss(student, teacher, mask, 1.0, -1.0, "none")
+            cuda.pair_loss(student, teacher, mask, 1.0, -1.0, "cosine", 1.0, "none")
         with pytest.raises(ValueError, match=r"temperature: .*, got inf in row 2"):
             cuda.softmax(student, temperature, False)
         call(student, teacher, None)

@@ -12,7 +12,15 @@ import math
 import pytest
 import torch
 
-from tests import oracle, test_cosine, test_row_loss, test_row_loss_memory, test_row_loss_values, test_softmax
+from tests import (
+    oracle,
+    test_cosine,
+    test_pairs,
+    test_row_loss,
+    test_row_loss_memory,
+    test_row_loss_values,
+    test_softmax,
+)
 from tests.test_cosine import (  # noqa: F401
     test_count_replaces_the_denominator,
     test_exact_as_the_student_meets_the_teacher,
@@ -23,6 +31,16 @@ from tests.test_cosine import (  # noqa: F401
     test_value_is_torchs,
     test_vectors_of_length_zero_and_nearly_so,
 )
+from tests.test_pairs import (  # noqa: F401
+    test_entries_masked_in_both_count_nothing,
+    test_fp16_units_hold_large_gradients,
+    test_rows_that_are_not_normalised,
+    test_tiny_probabilities,
+    test_values_are_torchs,
+    test_what_is_no_probability,
+    test_where_a_probability_is_zero,
+)
+from tests.test_pairs import test_unused_rows_reach_nothing as test_unused_rows_reach_no_pair  # noqa: F401
 from tests.test_row_loss import (  # noqa: F401
     test_a_student_that_is_surer_than_its_teacher,
     test_fp16_gradient_survives_a_mean_over_many_rows,
@@ -123,6 +141,33 @@ def test_cosine_masks_and_reductions(mask: str, reduction: str, dtype: torch.dty
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_a_bad_vector_is_bad_alone(instruction_set: str, value: float, dtype: torch.dtype) -> None:
     test_cosine.test_a_bad_row_is_bad_alone(instruction_set, value, dtype)
+
+
+@pytest.mark.parametrize("kind", test_pairs.KINDS)
+@pytest.mark.parametrize("mix", test_row_loss.HALF_MIXES, ids=test_row_loss.name_of)
+def test_pair_values_and_gradients(instruction_set: str, mix: tuple[torch.dtype, torch.dtype], kind: str) -> None:
+    test_pairs.test_pair_values_and_gradients(instruction_set, mix, kind)
+
+
+@half_precisions
+@pytest.mark.parametrize("kind", test_pairs.KINDS)
+def test_the_same_in_both(instruction_set: str, kind: str, dtype: torch.dtype) -> None:
+    test_pairs.test_the_same_in_both(instruction_set, kind, dtype)
+
+
+@half_precisions
+@pytest.mark.parametrize("kind", test_pairs.KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("mask", test_cosine.MASKS)
+def test_pair_masks_and_reductions(mask: str, reduction: str, dtype: torch.dtype, kind: str) -> None:
+    test_pairs.test_masks_and_reductions(mask, reduction, dtype, kind)
+
+
+@half_precisions
+@pytest.mark.parametrize("kind", test_pairs.KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_a_bad_pair_is_bad_alone(instruction_set: str, value: float, dtype: torch.dtype, kind: str) -> None:
+    test_pairs.test_a_bad_row_is_bad_alone(instruction_set, 32, value, dtype, kind)
 
 
 @pytest.mark.parametrize("size", [2049, 4111, 30522])

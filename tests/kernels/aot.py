@@ -168,9 +168,11 @@ def softmaxes(dtype: torch.dtype, logarithm: bool, target: str = "sm_90", paddin
     )
 
 
-def cosine(student: torch.dtype, teacher: torch.dtype, cols: int = 768, target: str = "sm_90") -> list[Launch]:
+def pair(
+    kind: str, student: torch.dtype, teacher: torch.dtype, cols: int = 768, target: str = "sm_90", scale: float = 1.0
+) -> list[Launch]:
     pair, mask = (rows(student, cols), rows(teacher, cols)), torch.ones(4, dtype=torch.bool)
-    return record(lambda: backend.cosine_loss(*pair, mask, 1.0, -1.0, "mean", gradient=True), target)
+    return record(lambda: backend.pair_loss(*pair, mask, 1.0, -1.0, kind, scale, "mean", gradient=True), target)
 
 
 def rescale(dtype: torch.dtype, target: str = "sm_90") -> list[Launch]:
@@ -186,7 +188,7 @@ if __name__ == "__main__":
             *row_loss(torch.bfloat16, torch.bfloat16, "jsd", target=name)[1:2],
             *row_loss(torch.bfloat16, torch.bfloat16, padding=1, target=name)[1:2],
             *softmaxes(torch.bfloat16, False, name),
-            *cosine(torch.bfloat16, torch.bfloat16, target=name)[1:2],
+            *(pair(kind, torch.bfloat16, torch.bfloat16, target=name)[1] for kind in ("cosine", "squared", "kl")),
             *rescale(torch.bfloat16, name),
         ]:
             print(f"{name:8}{launch.name:26}{compile_for(launch, name)}")

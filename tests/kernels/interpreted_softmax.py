@@ -93,8 +93,17 @@ def check_cosine(
     above = None if upstream is None else upstream.double() * float(weight)
     (gradient,) = torch.autograd.grad(exact if reduction == "none" else exact * float(weight), x, above)
     count = settings.get("count")
-    loss, term, grad, unit = backend.cosine_loss(
-        student, teacher, mask, weight, -1.0 if count is None else count, reduction, gradient=True, upstream=upstream
+    loss, term, grad, unit = backend.pair_loss(
+        student,
+        teacher,
+        mask,
+        weight,
+        -1.0 if count is None else count,
+        "cosine",
+        1.0,
+        reduction,
+        gradient=True,
+        upstream=upstream,
     )
     where = f"{student.dtype} {teacher.dtype} {tuple(student.shape)} {settings}"
     torch.testing.assert_close(term.double(), exact.detach(), rtol=2e-6, atol=2e-7)
@@ -122,8 +131,8 @@ def test_cosine_masks_and_reductions(reduction: str, dtype: torch.dtype) -> None
         clean = teacher.clone()
         loss, grad = check_cosine(student, clean, mask, torch.tensor(3.0), upstream, reduction=reduction)
         teacher[1] = NAN
-        again = backend.cosine_loss(
-            student, teacher, mask, torch.tensor(3.0), -1.0, reduction, gradient=True, upstream=upstream
+        again = backend.pair_loss(
+            student, teacher, mask, torch.tensor(3.0), -1.0, "cosine", 1.0, reduction, gradient=True, upstream=upstream
         )
         assert torch.equal(again[0], loss)
         assert torch.equal(again[2], grad)
@@ -133,18 +142,18 @@ def test_cosine_counts_and_faults() -> None:
     student, teacher = (x.float() for x in hidden(40))
     check_cosine(student, teacher, count=5.0)
     for zero in (0, torch.tensor(0)):
-        loss, term, grad, _ = backend.cosine_loss(student, teacher, None, 1.0, zero, "mean", gradient=True)
+        loss, term, grad, _ = backend.pair_loss(student, teacher, None, 1.0, zero, "cosine", 1.0, "mean", gradient=True)
         assert loss == 0
         assert term == 0
         assert not grad.any()
     bad = torch.tensor([1.0, -1.0, 1.0])
-    loss, _, grad, _ = backend.cosine_loss(student, teacher, bad, 1.0, -1.0, "mean", gradient=True)
+    loss, _, grad, _ = backend.pair_loss(student, teacher, bad, 1.0, -1.0, "cosine", 1.0, "mean", gradient=True)
     assert loss.isnan()
     assert grad.any(-1).tolist() == [True, False, True]
     with backends.checked(), pytest.raises(ValueError, match=r"mask: .*got -1\.0 in row 1"):
-        backend.cosine_loss(student, teacher, bad, 1.0, -1.0, "mean")
+        backend.pair_loss(student, teacher, bad, 1.0, -1.0, "cosine", 1.0, "mean")
     nothing = torch.empty(0, 40)
-    assert backend.cosine_loss(nothing, nothing.clone(), None, 1.0, -1.0, "mean", gradient=True)[0] == 0
+    assert backend.pair_loss(nothing, nothing.clone(), None, 1.0, -1.0, "cosine", 1.0, "mean", gradient=True)[0] == 0
 
 
 @pytest.mark.parametrize("difference", [1e-2, 1e-4])
@@ -154,7 +163,7 @@ def test_cosine_stays_exact_as_the_student_meets_the_teacher(difference: float) 
     student, teacher = (x.float() for x in hidden(768, difference=difference))
     x = student.double().requires_grad_()
     exact = reference.cosine_loss(x, teacher.double())
-    loss, _, _, _ = backend.cosine_loss(student, teacher, None, 1.0, -1.0, "mean")
+    loss, _, _, _ = backend.pair_loss(student, teacher, None, 1.0, -1.0, "cosine", 1.0, "mean")
     assert loss.item() == pytest.approx(exact.item(), rel=8e-7 / difference + 2e-6)
 
 

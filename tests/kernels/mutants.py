@@ -142,9 +142,32 @@ MUTANTS = [
         "log_softmax: T dropped", "softmax", "(x - ref) * inverse_t - tl.log(z)", "(x - ref) - tl.log(z)", "softmax"
     ),
     Mutant(
-        "cosine: 1 - cos by subtraction", "hidden", "value = 0.5 * (ee + EPS / ss + EPS / tt)", "value = -ue", "softmax"
+        "cosine: 1 - cos by subtraction", "cosine", "value = 0.5 * (ee + EPS / ss + EPS / tt)", "value = -ue", "softmax"
     ),
-    Mutant("cosine: along u dropped", "hidden", "of_u = of_e * (EPS / ss - ue)", "of_u = of_e * 0.0", "softmax"),
+    Mutant("cosine: along u dropped", "cosine", "of_u = of_e * (EPS / ss - ue)", "of_u = of_e * 0.0", "softmax"),
+    Mutant("half the squared distance's gradient", "pairs", "e * e, 0.0, e + e", "e * e, 0.0, e", "pairs"),
+    Mutant(
+        "masked in one taken for masked in both",
+        "pairs",
+        '(s == float("-inf")) & (t == float("-inf"))',
+        '(s == float("-inf"))',
+        "pairs",
+    ),
+    Mutant(
+        "KL's first order in float32", "pairs", "tl.sum(first.to(tl.float64), axis=1)", "tl.sum(first, axis=1)", "pairs"
+    ),
+    Mutant("KL by two logarithms", "pairs", "close = tl.abs(x) < 0.25", "close = tl.abs(x) < 0.0", "pairs"),
+    Mutant("a probability of 0 is no exception", "pairs", "none = p == 0.0", "none = p < 0.0", "pairs"),
+    Mutant(
+        "nan in the bits of a logarithm",
+        "pairs",
+        "log(quotient) + shift, quotient)",
+        "log(quotient) + shift, 1.0)",
+        "pairs",
+    ),
+    Mutant("tiny probabilities as they are", "pairs", "tl.where(small_q, q * 18446744073709551616.0, q)", "q", "pairs"),
+    Mutant("the scale dropped from the gradient", "pairs", "of_g = row_weight * scale", "of_g = row_weight", "pairs"),
+    Mutant("a pair's unit not applied", "pairs", "of_g = of_g / tl.load(unit)", "of_g = of_g * 1.0", "pairs"),
     Mutant("rescale without the unit", "rescale", "scalar(grad_output) * scalar(unit)", "scalar(grad_output) * 1.0"),
 ]
 

@@ -15,6 +15,7 @@ import torch
 
 from distil_fast.backends import triton as backend
 from distil_fast.kernels.divergences import CENTRED, DIVERGENCES
+from distil_fast.kernels.pairs import PAIRS
 from tests.kernels import aot
 from tests.kernels.aot import HALVES, TARGETS, Launch
 
@@ -104,7 +105,7 @@ def test_rows_that_are_not_congruent(target: str) -> None:
 @targets(slow=False)
 def test_the_kernels_of_one_program(target: str) -> None:
     prologue, _, reduction = aot.row_loss(BF16, BF16, target=target)
-    weights, _, reduction_with_unit, _ = aot.cosine(torch.float16, BF16, target=target)
+    weights, _, reduction_with_unit, _ = aot.pair("cosine", torch.float16, BF16, target=target)
     for launch in (prologue, reduction, weights, reduction_with_unit):
         used = aot.compile_for(launch, target)
         assert used.spilled == 0, f"{launch.name}: {used}"
@@ -115,15 +116,17 @@ def test_the_kernels_of_one_program(target: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [pytest.param(d, marks=() if d == BF16 else pytest.mark.slow) for d in HALVES], ids=str
 )
-def test_softmax_cosine_and_rescale(dtype: torch.dtype, target: str) -> None:
+def test_softmax_pairs_and_rescale(dtype: torch.dtype, target: str) -> None:
     size = dtype.itemsize
     for logarithm in (False, True):
         forward, backward = aot.softmaxes(dtype, logarithm, target)
         check(forward, target, 2, size, size)
         check(backward, target, 1, (3 if logarithm else 4) * size, size)
     for other in HALVES:
-        cosine = next(x for x in reversed(aot.cosine(dtype, other, target=target)) if x.name == "cosine_kernel")
+        cosine = next(x for x in reversed(aot.pair("cosine", dtype, other, target=target)) if x.name == "cosine_kernel")
         check(cosine, target, 3, size + other.itemsize, size)
+        for kind in PAIRS:
+            check(aot.pair(kind, dtype, other, aot.ODD, target)[1], target, 1, size + other.itemsize, size)
     check(aot.rescale(dtype, target)[0], target, 1, size, size)
 
 
@@ -143,8 +146,10 @@ def test_number_of_launches() -> None:
     assert [x.name for x in aot.row_loss(torch.float16, BF16)] == names
     assert [x.name for x in aot.row_loss(BF16, BF16, upstream=torch.ones(4))] == names
     cosine = ["prologue_kernel", "cosine_kernel", "reduction_kernel"]
-    assert [x.name for x in aot.cosine(BF16, BF16)] == cosine
-    assert [x.name for x in aot.cosine(torch.float16, BF16)] == [*cosine, "cosine_kernel"]
+    assert [x.name for x in aot.pair("cosine", BF16, BF16)] == cosine
+    assert [x.name for x in aot.pair("cosine", torch.float16, BF16)] == [*cosine, "cosine_kernel"]
+    for kind in PAIRS:
+        assert [x.name for x in aot.pair(kind, torch.float16, BF16)] == [cosine[0], "entries_kernel", cosine[2]]
     empty = torch.empty(0, 30)
     grid = aot.record(lambda: backend.softmax(empty, 2.0, False))
     assert grid == []
@@ -161,7 +166,7 @@ def keys(rows: int, cols: int, divergence: str, numbers: tuple[float, ...], para
             ),
             backend.softmax(x, temperature, False),
             backend.softmax_backward(x, x, temperature, False),
-            backend.cosine_loss(x, x, None, soft, soft_count, "mean", gradient=True),
+            backend.pair_loss(x, x, None, soft, soft_count, "cosine", 1.0, "mean", gradient=True),
             backend.rescale(x, torch.ones(()), soft),
         )
     )  # fmt: skip
@@ -178,6 +183,17 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
     assert keys(64, 32768, "jsd", (2.0, 0.5, 0.5, -1.0, -1.0, 1.0), 0.5, 0) == first
     assert keys(5, 50257, "jsd", (1, 2, 1, 16, 16, 0), 0.5, 16) == first
     assert keys(7, 30522, "forward_kl", (2.0, 0.5, 0.5, -1.0, -1.0, 0.1), 0.5, -100) != first
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_nothing_is_compiled_again_for_another_width(kind: str) -> None:
+    """The scale is 1 / width; 1 is a scale too."""
+    for dtype in (BF16, torch.float16):
+        first, *others = (
+            [aot.cache_key(x) for x in aot.pair(kind, dtype, BF16, cols, scale=scale)]
+            for cols, scale in ((768, 1 / 768), (1024, 1 / 1024), (1001, 1.0), (2048, 0.5))
+        )
+        assert all(other == first for other in others)
 
 
 LAYOUTS: list[tuple[int, int, int]] = [(0, 0, 0), (1, 0, 0), (3, 5, 7), (8, 8, 8), (0, 8, 16), (4, 4, 4), (0, 0, 4)]
@@ -223,7 +239,7 @@ def test_nothing_is_compiled_again_for_scalars_elsewhere_in_memory() -> None:
                 backend.row_loss(x, x, labels, mask, *args, gradient="fresh", upstream=vector[at : at + 8]),
                 backend.rescale(x, vector[at], vector[at + 1]),
                 backend.softmax(x, vector[at : at + 8], True),
-                backend.cosine_loss(x, x, mask, scalars[1], scalars[2], "mean"),
+                backend.pair_loss(x, x, mask, scalars[1], scalars[2], "cosine", 1.0, "mean"),
             )
         )
         return [aot.cache_key(launch) for launch in calls]

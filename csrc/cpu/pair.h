@@ -1,6 +1,6 @@
-// hidden.h: the sweeps of the cosine loss over one row of hidden states, on any Vec. They know one row:
-// nothing of masks, weights or threads. With u = s / |s| and v = t / |t|:  1 - cos = |u - v|^2 / 2, which
-// loses nothing as s -> t. Next: hidden.cpp, which conducts them; docs/math.md for the gradient.
+// pair.h: the sweeps of the losses that compare two tensors, over one row, on any Vec. They know one row: nothing of
+// masks, weights or threads. Cosine, with u = s / |s| and v = t / |t|:  1 - cos = |u - v|^2 / 2, which loses nothing
+// as s -> t. The others sum one functor of ../pairs.h. Next: pair_loss.cpp, which conducts them; docs/math.md.
 
 // Rows are short and in L1: what bounds these loops is the latency of one running sum, so there are two.
 
@@ -79,10 +79,61 @@ void cosine_gradient(void* grad, const void* student, const void* teacher, int64
   if (whole < n) store(to + whole, value(load(s + whole, n - whole, 0.0), load(t + whole, n - whole, 0.0)), n - whole);
 }
 
+// A sum that loses nothing: what each addition rounds off (Knuth's TwoSum) is summed beside it, and lanes meet in double.
+template <class V>
+struct ExactTotal {
+  V whole{0}, lost{0};
+  void add(V x) {
+    V next = whole + x, back = next - whole;
+    lost = lost + ((whole - (next - back)) + (x - back));
+    whole = next;
+  }
+  double value() const {
+    typename V::Real lanes[V::width], rests[V::width];
+    store(lanes, whole), store(rests, lost);
+    double total = 0.0;
+    for (int i = 0; i < V::width; ++i) total += static_cast<double>(lanes[i]) + rests[i];
+    return total;
+  }
+};
+
+// The sum of Pair over a row; grad = of_g g, where grad is not null. grad may be the student's own row.
+template <class V, class S, class T, class Pair>
+double entries(void* grad, const void* student, const void* teacher, int64_t n, double of_g) {
+  S* to = static_cast<S*>(grad);
+  const S* s = static_cast<const S*>(student);
+  const T* t = static_cast<const T*>(teacher);
+  const Pair pair;
+  const V by(of_g);
+  Total<V> f;
+  ExactTotal<V> first;
+  auto step = [&](V sj, V tj) {
+    PairTerms<V> x = pair(sj, tj);
+    f.add(x.f);
+    if constexpr (Pair::has_first) first.add(x.first);
+    return by * x.g;
+  };
+  const int64_t whole = n - n % V::width;
+  in_runs(
+      whole, V::width,
+      [&](int64_t j) {
+        V g = step(load(s + j), load(t + j));
+        if (to) store(to + j, g);
+      },
+      [&] { f.settle(); });
+  if (whole < n) {
+    V g = step(load(s + whole, n - whole, 0.0), load(t + whole, n - whole, 0.0));  // a pair of zeros counts 0
+    if (to) store(to + whole, g, n - whole);
+  }
+  return f.value() + first.value();
+}
+
 template <class V, class S, class... T>
-constexpr void fill_hidden(HiddenSweeps<static_cast<int>(sizeof...(T))>& table, int s) {
+constexpr void fill_pairs(PairSweeps<static_cast<int>(sizeof...(T))>& table, int s) {
   int t = 0;
+#define DISTIL_FAST_PAIR(name, Pair) table.entries[static_cast<int>(PairKind::name)][s][t] = entries<V, S, T, Pair>,
   ((table.square_sums[s][t] = square_sums<V, S, T>, table.distance[s][t] = distance<V, S, T>,
-    table.gradient[s][t] = cosine_gradient<V, S, T>, ++t),
+    table.cosine_gradient[s][t] = cosine_gradient<V, S, T>, DISTIL_FAST_PAIRS(DISTIL_FAST_PAIR)++ t),
    ...);
+#undef DISTIL_FAST_PAIR
 }

@@ -1,4 +1,4 @@
-"""The cosine loss over rows of hidden states: with u = s / |s|, v = t / |t|, e = v - u, 1 - cos = e.e / 2.
+"""The cosine loss over rows: with u = s / |s|, v = t / |t|, e = v - u, 1 - cos = e.e / 2.
 
 Value and gradient vanish with e, so computed this way they keep their digits as s -> t. One program a row, three
 sweeps over a row that stays in L1. Weights come from prologue.py. Next: docs/math.md for the gradient.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distil_fast.kernels.prologue import weighted
+from distil_fast.kernels.pairs import load_pair, store_value, sum_of
 from distil_fast.kernels.tiles import (
-    at,
     edge_tile,
     lead_of,
     row_start,
@@ -25,24 +24,10 @@ EPS = tl.constexpr(1e-12)  # on both squared norms, as ATen's cosine_embedding_l
 
 
 @triton.jit
-def load_hidden(pair, lead, place, inside, VEC: tl.constexpr, ALIGNED_S: tl.constexpr, ALIGNED_T: tl.constexpr):
-    """Student and teacher in float32, 0 outside the row."""
-    student, s_at, teacher, t_at = pair
-    s = tl.load(at(student, s_at, lead, place, VEC, ALIGNED_S), mask=inside, other=0.0).to(tl.float32)
-    t = tl.load(at(teacher, t_at, lead, place, VEC, ALIGNED_T), mask=inside, other=0.0).to(tl.float32)
-    return s, t
-
-
-@triton.jit
 def apart(s, t, inverse_s, inverse_t):
     """(u, v - u) with one rounding: the product that would round s / |s| is corrected by its own error."""
     u = s * inverse_s
     return u, tl.fma(t, inverse_t, -u) - tl.fma(s, inverse_s, -u)
-
-
-@triton.jit
-def sum_of(groups, edges):
-    return tl.sum(groups, axis=0) + tl.sum(tl.sum(edges, axis=1), axis=0)
 
 
 @triton.jit
@@ -52,11 +37,11 @@ def norms(pair, lead, cols, VEC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED_S: t
     tt = tl.zeros((BLOCK // VEC,), tl.float32)
     for i in range(whole_tiles(lead, cols, VEC, BLOCK)):
         place, inside = whole_tile(i, lead, cols, VEC, BLOCK)
-        s, t = load_hidden(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
+        s, t = load_pair(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
         ss += tl.sum(s * s, axis=1)
         tt += tl.sum(t * t, axis=1)
     place, inside = edge_tile(lead, cols, VEC)
-    s, t = load_hidden(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
+    s, t = load_pair(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
     return sum_of(ss, s * s) + EPS, sum_of(tt, t * t) + EPS
 
 
@@ -70,12 +55,12 @@ def angle(
     ue = tl.zeros((BLOCK // VEC,), tl.float32)
     for i in range(whole_tiles(lead, cols, VEC, BLOCK)):
         place, inside = whole_tile(i, lead, cols, VEC, BLOCK)
-        s, t = load_hidden(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
+        s, t = load_pair(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
         u, e = apart(s, t, inverse_s, inverse_t)
         ee += tl.sum(e * e, axis=1)
         ue += tl.sum(u * e, axis=1)
     place, inside = edge_tile(lead, cols, VEC)
-    s, t = load_hidden(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
+    s, t = load_pair(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
     u, e = apart(s, t, inverse_s, inverse_t)
     return sum_of(ee, e * e), sum_of(ue, u * e)
 
@@ -95,7 +80,7 @@ def cosine_kernel(
     """Row `program_id`: its share of the term to `term` (where nothing is reduced, of the loss to `loss`); its gradient
     in units of `unit` to grad, and the size of that, weight / |s|, to sizes; each may be None."""
     row, rows = tl.program_id(0).to(tl.int64), rows.to(tl.int64)
-    row_weight, share = tl.load(weights + row), tl.load(weights + 2 * rows + row)
+    row_weight = tl.load(weights + row)
     value = tl.full((), 0.0, tl.float32)
     size = tl.full((), 0.0, tl.float32)
     s_at = row_start(row, inner, s_start, s_outer, s_row)
@@ -117,19 +102,15 @@ def cosine_kernel(
             of_u = of_e * (EPS / ss - ue)
             for i in range(whole_tiles(lead, cols, VEC, BLOCK)):
                 place, inside = whole_tile(i, lead, cols, VEC, BLOCK)
-                s, t = load_hidden(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
+                s, t = load_pair(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
                 u, e = apart(s, t, inverse_s, inverse_t)
                 store_rows(grad, frame, lead, place, inside, of_e * e + of_u * u, VEC)
             place, inside = edge_tile(lead, cols, VEC)
-            s, t = load_hidden(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
+            s, t = load_pair(pair, lead, place, inside, VEC, ALIGNED_S, ALIGNED_T)
             u, e = apart(s, t, inverse_s, inverse_t)
             store_rows(grad, frame, lead, place, inside, of_e * e + of_u * u, VEC)
     elif grad is not None:
         write_zeros(grad, frame, cols, VEC, BLOCK)
-    part = tl.where(share == 0.0, 0.0, share * value)
-    if term is not None:
-        tl.store(term + row, part)
-    if loss is not None:
-        tl.store(loss + row, weighted(weight, part))
+    store_value(row, rows, weights, weight, value, loss, term)
     if sizes is not None:
         tl.store(sizes + row, size)

@@ -1,0 +1,321 @@
+"""The row losses over rows whose logits are made in chunks: never the whole `[rows, V]`, of student or teacher.
+
+Rows that no term uses are gathered out first; the others go, chunk by chunk, from hidden states to logits, through a
+backend's row kernel, which leaves the gradient where the student's logits were, and on to the gradients of hidden
+states and head. It knows nothing of autograd or of argument checks. Next: products.py; linear.py, which calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil_fast import backends
+from distil_fast.backends.layout import LABEL, MASK, TEMPERATURE, raise_fault, real_dtype
+from distil_fast.backends.settings import RowSettings
+from distil_fast.products import WeightGradient, hidden_gradient, logits
+
+Scalar = float | Tensor
+
+CPU_BYTES = 32 << 20  # of both models' logits in a chunk: they stay near the caches, and the products stay wide
+GPU_ROWS = 1024  # a chunk's, at least: fewer starve the products
+
+
+class Head(NamedTuple):
+    """Hidden states `[rows, H]` and the head that makes logits of them: weights `[V, H]`, bias `[V]`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def rows(self, part: slice | Tensor) -> Head:
+        return self._replace(hidden=self.hidden[part])
+
+    def computed(self) -> Head:
+        """The head in its hidden states' dtype."""
+        bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
+        return Head(self.hidden, self.weight.to(self.hidden.dtype), bias)
+
+    def logits(self, wide: bool) -> Tensor:
+        return logits(*self, wide)
+
+
+class Given(NamedTuple):
+    """A teacher that brings a tensor for each row: logits, probabilities, or the top k with their `ids`."""
+
+    values: Tensor
+    ids: Tensor | None
+
+    def rows(self, part: slice | Tensor) -> Given:
+        return Given(self.values[part], None if self.ids is None else self.ids[part])
+
+
+class Rows(NamedTuple):
+    """A call's rows, one entry each; `student` is a head, or the logits themselves."""
+
+    student: Head | Tensor
+    teacher: Head | Given | None
+    labels: Tensor | None
+    soft_mask: Tensor | None
+    temperature: Scalar
+    upstream: Tensor | None  # multiplies each row's gradient
+
+    def part(self, part: slice | Tensor) -> Rows:
+        """Some of the rows; what is one number for all stays."""
+
+        def of(x: Any) -> Any:
+            return x[part] if isinstance(x, Tensor) and x.dim() else x
+
+        student = self.student.rows(part) if isinstance(self.student, Head) else self.student[part]
+        teacher = None if self.teacher is None else self.teacher.rows(part)
+        return Rows(student, teacher, of(self.labels), of(self.soft_mask), of(self.temperature), of(self.upstream))
+
+    @property
+    def values(self) -> Tensor:
+        return self.student if isinstance(self.student, Tensor) else self.student.hidden
+
+    @property
+    def cols(self) -> int:
+        return self.student.shape[-1] if isinstance(self.student, Tensor) else self.student.weight.shape[0]
+
+
+class Terms(NamedTuple):
+    """What all rows share: class weights, the terms' weights and counts (-1: counted), and the settings."""
+
+    class_weights: Tensor | None
+    soft_weight: Scalar
+    hard_weight: Scalar
+    soft_count: Scalar
+    hard_count: Scalar
+    settings: RowSettings
+    tail: str = ""  # of a top-k teacher, and its divergence's shift
+    shift: float = 0.0
+
+
+class Wanted(NamedTuple):
+    """Which gradients are: of the student's hidden states (or logits), of its weights, of its bias."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class Made(NamedTuple):
+    """Loss and its terms; the gradients, in units of `unit` (1 but for float16)."""
+
+    loss: Tensor
+    soft: Tensor
+    hard: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    unit: Scalar
+
+
+def chunked_loss(rows: Rows, terms: Terms, wanted: Wanted, *, wide: bool = True, chunk_bytes: int = 0) -> Made:
+    """The loss and the wanted gradients. wide: half-precision heads give float32 logits; chunk_bytes 0: by the device.
+
+    Raises:
+        ValueError: a label, token weight or temperature at fault, before any product is made (on a GPU: in the
+            checking mode).
+    """
+    rows, terms = _without_idle_terms(rows, terms)
+    used = _used(rows, terms)
+    if not rows.values.is_cuda or backends.checking():
+        _check(rows, terms)
+    terms = _counted(rows, terms)
+    index = None if used is None or bool(used.all()) else used.nonzero().squeeze(1)
+    busy = rows if index is None else rows.part(index)
+    loop = _Loop(busy, terms, wanted, wide)
+    for part in _chunks(busy, chunk_bytes):
+        loop.run(part)
+    return loop.made(rows.values.shape[0], index)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def _off(weight: Scalar) -> bool:
+    return not isinstance(weight, Tensor) and weight == 0.0
+
+
+def _without_idle_terms(rows: Rows, terms: Terms) -> tuple[Rows, Terms]:
+    """A term whose weight is the number 0 needs neither teacher nor labels."""
+    if _off(terms.soft_weight):
+        rows = rows._replace(teacher=None)
+    if _off(terms.hard_weight):
+        rows, terms = rows._replace(labels=None), terms._replace(class_weights=None)
+    return rows, terms
+
+
+def _labelled(rows: Rows, terms: Terms) -> Tensor | None:
+    return None if rows.labels is None else rows.labels != terms.settings.ignore_index
+
+
+def _used(rows: Rows, terms: Terms) -> Tensor | None:
+    """Which rows a term uses; None: all of them."""
+    if rows.teacher is not None and rows.soft_mask is None:
+        return None
+    used = rows.values.new_zeros(rows.values.shape[0], dtype=torch.bool)
+    if rows.teacher is not None and rows.soft_mask is not None:
+        used |= rows.soft_mask != 0
+    labelled = _labelled(rows, terms)
+    return used if labelled is None else used | labelled
+
+
+def _check(rows: Rows, terms: Terms) -> None:
+    """Values at fault, with the row of the whole call: the kernels see chunks."""
+    labelled = _labelled(rows, terms)
+    if rows.labels is not None and labelled is not None:
+        _refuse(LABEL, labelled & ((rows.labels < 0) | (rows.labels >= rows.cols)), rows.labels, rows.cols)
+    if rows.teacher is None:
+        return
+    if rows.soft_mask is not None and rows.soft_mask.dtype != torch.bool:
+        _refuse(MASK, ~((rows.soft_mask >= 0) & (rows.soft_mask < math.inf)), rows.soft_mask, rows.cols)
+    if isinstance(rows.temperature, Tensor):
+        t = rows.temperature.expand(rows.values.shape[0])
+        bad = ~((t >= 1e-15) & (t <= 1e15))
+        _refuse(TEMPERATURE, bad if rows.soft_mask is None else bad & (rows.soft_mask != 0), t, rows.cols)
+
+
+def _refuse(kind: int, bad: Tensor, values: Tensor, cols: int) -> None:
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise_fault((kind, row, float(values[row])), cols=cols)
+
+
+def _counted(rows: Rows, terms: Terms) -> Terms:
+    """The denominators of all rows, which a chunk cannot know: a mean's only; tensors where waiting would cost."""
+    if terms.settings.reduction != "mean":
+        return terms
+    soft, hard = terms.soft_count, terms.hard_count
+    if rows.teacher is not None and not isinstance(soft, Tensor) and soft < 0:
+        mask = rows.soft_mask
+        soft = float(rows.values.shape[0]) if mask is None else _number(mask.sum(dtype=torch.float64))
+    labelled = _labelled(rows, terms)
+    if rows.labels is not None and labelled is not None and not isinstance(hard, Tensor) and hard < 0:
+        weights = labelled
+        if terms.class_weights is not None:
+            of_label = terms.class_weights[torch.where(labelled, rows.labels, 0).clamp(0, rows.cols - 1)]
+            weights = torch.where(labelled, of_label, 0.0)
+        hard = _number(weights.sum(dtype=torch.float64))
+    return terms._replace(soft_count=soft, hard_count=hard)
+
+
+def _number(total: Tensor) -> Scalar:
+    return total.float() if total.is_cuda else total.item()
+
+
+def _chunks(rows: Rows, chunk_bytes: int) -> Iterator[slice]:
+    """Slices of as equal a size as possible, so that no product is left with a few rows."""
+    count = rows.values.shape[0]
+    by_row = 8 * rows.cols  # both models' logits, in float32
+    most = chunk_bytes // by_row if chunk_bytes else GPU_ROWS if rows.values.is_cuda else CPU_BYTES // by_row
+    number = math.ceil(count / max(1, most))
+    for i in range(number):
+        yield slice(count * i // number, count * (i + 1) // number)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+class _Loop:
+    """Sums over chunks: the loss and its terms, and the gradients."""
+
+    def __init__(self, rows: Rows, terms: Terms, wanted: Wanted, wide: bool) -> None:
+        if isinstance(rows.student, Head):
+            rows = rows._replace(student=rows.student.computed())
+        if isinstance(rows.teacher, Head):
+            rows = rows._replace(teacher=rows.teacher.computed())
+        self.rows, self.terms, self.wanted, self.wide = rows, terms, wanted, wide
+        self.kernels = backends.module(terms.settings.backend)
+        self.unit = self._unit()
+        values, count = rows.values, rows.values.shape[0]
+        real = real_dtype(values)
+        self.each = terms.settings.reduction == "none"
+        self.totals = torch.zeros((3, count) if self.each else (3,), dtype=torch.float64, device=values.device)
+        self.totals = self.totals.to(real) if self.each else self.totals
+        self.hidden = torch.empty_like(values, memory_format=torch.contiguous_format) if wanted.hidden else None
+        self.weight = WeightGradient(rows.cols, values) if wanted.weight else None
+        self.bias = values.new_zeros(rows.cols, dtype=real) if wanted.bias else None
+
+    def _unit(self) -> Scalar:
+        """What an fp16 gradient is stored in units of: as in csrc/cpu/shares.h, from the largest weight that a row can
+        have, before upstream gradients."""
+        rows, terms = self.rows, self.terms
+        if rows.values.dtype != torch.float16 or not any(self.wanted) or rows.upstream is not None:
+            return 1.0
+        size = rows.values.new_zeros((), dtype=torch.float32)
+        mean = terms.settings.reduction == "mean"
+        if rows.teacher is not None and rows.values.shape[0]:
+            t = torch.as_tensor(rows.temperature, dtype=torch.float32, device=size.device)
+            share = t if terms.settings.t_squared else 1.0 / t
+            share = share if rows.soft_mask is None else share * rows.soft_mask
+            size = size + (share * terms.soft_weight).abs().max() / (terms.soft_count if mean else 1.0)
+        if rows.labels is not None and rows.values.shape[0]:
+            most = 1.0 if terms.class_weights is None else terms.class_weights.max()
+            size = size + torch.as_tensor(terms.hard_weight * most, device=size.device).abs() / (
+                terms.hard_count if mean else 1.0
+            )
+        unit = torch.where((size > 0) & (size < math.inf), torch.exp2(torch.ceil(torch.log2(size)) - 6.0), 1.0)
+        return unit if unit.is_cuda else unit.item()
+
+    def run(self, part: slice) -> None:
+        rows, terms = self.rows.part(part), self.terms
+        if isinstance(rows.student, Head):
+            student = rows.student.logits(self.wide)
+        else:
+            student = rows.student.clone() if any(self.wanted) else rows.student
+        upstream = rows.upstream
+        if not isinstance(self.unit, float) or self.unit != 1.0:
+            upstream = student.new_full(student.shape[:1], 1.0, dtype=torch.float32) / self.unit
+        scalars = rows.temperature, terms.soft_weight, terms.hard_weight, terms.soft_count, terms.hard_count
+        vectors = rows.labels, rows.soft_mask, terms.class_weights
+        how = {"gradient": "inplace" if any(self.wanted) else "no", "upstream": upstream}
+        if isinstance(rows.teacher, Given) and rows.teacher.ids is not None:
+            teacher = rows.teacher.ids, rows.teacher.values
+            made = self.kernels.topk_loss(
+                student, *teacher, *vectors, *scalars, terms.settings, terms.shift, terms.tail, **how
+            )
+        else:
+            values = rows.teacher.logits(self.wide) if isinstance(rows.teacher, Head) else rows.teacher
+            values = values.values if isinstance(values, Given) else values
+            made = self.kernels.row_loss(student, values, *vectors, *scalars, terms.settings, **how)
+            del values
+        for total, value in zip(self.totals, made[:3], strict=True):
+            if self.each:
+                total[part] = value
+            else:
+                total += value
+        self._propagate(part, rows.student, student)
+
+    def _propagate(self, part: slice, student: Head | Tensor, grad: Tensor) -> None:
+        """From the gradient of the chunk's logits to the wanted ones."""
+        if isinstance(student, Tensor):
+            if self.hidden is not None:
+                self.hidden[part] = grad
+            return
+        if self.bias is not None:
+            self.bias += grad.sum(0, dtype=self.bias.dtype)
+        if grad.is_cuda:
+            grad = grad.to(student.hidden.dtype)
+        if self.weight is not None:
+            self.weight.add(grad, student.hidden)
+        if self.hidden is not None:
+            self.hidden[part] = hidden_gradient(grad, student.weight)
+
+    def made(self, count: int, index: Tensor | None) -> Made:
+        """The results for all `count` rows of the call, of which these are those at `index`."""
+        totals, hidden = self.totals, self.hidden
+        if index is not None:
+            if self.each:
+                totals = totals.new_zeros((3, count)).index_copy_(1, index, totals)
+            if hidden is not None:
+                hidden = hidden.new_zeros((count, hidden.shape[1])).index_copy_(0, index, hidden)
+        loss, soft, hard = totals.to(real_dtype(self.rows.values))
+        weight = None if self.weight is None else self.weight.result()
+        return Made(loss, soft, hard, hidden, weight, self.bias, self.unit)

@@ -1,0 +1,108 @@
+"""The four matrix products of a fused head, on one chunk of rows: both models' logits, and the student's two gradients.
+
+Products are summed in float32 at least; `wide` logits are not rounded to a half precision either. It knows nothing of
+losses or of how rows are chunked. Next: chunks.py.
+
+On a CPU float32 goes to oneDNN where torch has it, which on some processors is twice as fast as torch.mm's BLAS. oneDNN
+falls back to a slow reference for layouts that it does not know: only dense operands go there, transposed or not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HALVES = (torch.float16, torch.bfloat16)
+TILE_BYTES = 8 << 20  # of what is widened, or multiplied, at a time
+
+
+def _by_onednn(*operands: Tensor) -> bool:
+    return (
+        all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in operands)
+        and bool(torch.backends.mkldnn.enabled)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias of one dtype; `weight` is dense, or the transposition of a dense matrix."""
+    if _by_onednn(x, weight):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+        return product
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _tiles(weight: Tensor) -> range:
+    """The first rows of tiles whose float32 copies have TILE_BYTES."""
+    return range(0, weight.shape[0], max(1, TILE_BYTES // (4 * weight.shape[1])))
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
+    """hidden weight^T + bias `[rows, V]`, of hidden states `[rows, H]` and weights `[V, H]` of one dtype.
+
+    wide: half-precision operands give float32 logits, which no rounding comes near.
+    """
+    if hidden.dtype not in _HALVES or not (wide or _slow_half(hidden)):
+        return _times_transposed(hidden, weight.contiguous(), bias)
+    if hidden.device.type != "cpu":
+        out: Tensor = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return out if bias is None else out.add_(bias)
+    out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+    x, tiles = hidden.float(), _tiles(weight)
+    for start in tiles:
+        stop = start + tiles.step
+        tile_bias = None if bias is None else bias[start:stop].float()
+        out[:, start:stop] = _times_transposed(x, weight[start:stop].float(), tile_bias)
+    return out
+
+
+def _slow_half(x: Tensor) -> bool:
+    """float16 on a CPU, which no instruction multiplies: there float32 is both more exact and faster."""
+    return x.dtype == torch.float16 and x.device.type == "cpu"
+
+
+def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad weight `[rows, H]` in the weight's dtype, of the logits' gradient `[rows, V]` in float32 or that dtype."""
+    if _slow_half(weight):
+        out = grad.new_zeros((grad.shape[0], weight.shape[1]), dtype=torch.float32)
+        tiles = _tiles(weight)
+        for start in tiles:
+            out.addmm_(grad[:, start : start + tiles.step].float(), weight[start : start + tiles.step].float())
+        return out.to(weight.dtype)
+    grad = grad.to(weight.dtype)
+    if _by_onednn(grad, weight):
+        return _times_transposed(grad, weight.contiguous().t())
+    return torch.mm(grad, weight)
+
+
+class WeightGradient:
+    """The sum over chunks of grad^T hidden, `[V, H]`: in float32, or float64 beside float64."""
+
+    def __init__(self, vocab_size: int, hidden: Tensor) -> None:
+        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self._transposed = _by_onednn(hidden.new_empty(1, dtype=real))  # [H, V]: as oneDNN makes it
+        size = hidden.shape[1], vocab_size
+        self._sum = torch.zeros(size if self._transposed else size[::-1], dtype=real, device=hidden.device)
+
+    def add(self, grad: Tensor, hidden: Tensor) -> None:
+        """Adds the chunk's part, from its logits' gradient `[rows, V]` and hidden states `[rows, H]`."""
+        if grad.shape[0] == 0:
+            return
+        if self._transposed and not (grad.dtype == torch.bfloat16 and hidden.dtype == torch.bfloat16):
+            columns = hidden.float().t().contiguous()
+            turned = grad.float().t()
+            step = max(1, TILE_BYTES // (4 * turned.shape[0]))
+            for start in range(0, columns.shape[0], step):
+                self._sum[start : start + step] += _times_transposed(columns[start : start + step], turned)
+        elif self._transposed:
+            self._sum += torch.mm(hidden.t(), grad)
+        elif hidden.dtype in _HALVES and hidden.is_cuda:
+            turned = grad.to(hidden.dtype).t()
+            torch.addmm(self._sum, turned, hidden, out_dtype=torch.float32, out=self._sum)
+        else:
+            self._sum.addmm_(grad.to(self._sum.dtype).t(), hidden.to(self._sum.dtype))
+
+    def result(self) -> Tensor:
+        """The gradient, `[V, H]`."""
+        return self._sum.t().contiguous() if self._transposed else self._sum
