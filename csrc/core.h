@@ -21,7 +21,8 @@ struct Matrix {
 enum class Reduction : int32_t { mean, sum, none };
 
 // What was wrong with the values: no logit is read and nothing is written when a call returns anything but
-// `nothing`.
+// `nothing`. row_loss's teacher_mass alone is seen while rows are read: then every output is written, and where a row was
+// at fault its loss is nan and its gradient 0.
 enum class FaultKind : int32_t {
   nothing,
   label,
@@ -35,7 +36,7 @@ enum class FaultKind : int32_t {
 
 struct Fault {
   FaultKind kind = FaultKind::nothing;
-  int64_t row = -1;    // the first row at fault
+  int64_t row = -1;    // the first row at fault; of class_weight: the class
   double value = 0.0;  // what stood there
 };
 
@@ -45,8 +46,11 @@ struct Transform {
 };
 
 // What the teacher's rows hold. What is not logits is at the temperature already, and normalised by the kernel; a
-// row whose probabilities sum to more than 1 (by more than 1 % where it has 16 bits, 0.1 % otherwise) is at fault.
+// row whose probabilities sum to more than 1 by more than rounding is at fault.
 enum class TeacherForm : int32_t { logits, log_probs, probs };
+
+// How much that may be: a bfloat16 log-probability of -8 to -16 is off by up to 3 %, and all of a row the same way.
+constexpr double mass_limit(DType dtype) { return dtype == DType::bf16 ? 1.05 : dtype == DType::f16 ? 1.01 : 1.001; }
 
 // loss = sum over rows of soft_weight * share_s * D(teacher, student) + hard_weight * share_h *
 // cross_entropy. `Real` below is double where the student's logits are, float otherwise.
@@ -91,7 +95,7 @@ struct TopKLoss {
   int64_t k = 0;
   const int64_t* ids = nullptr;     // [rows, k]; -1: no entry
   const void* log_probs = nullptr;  // [rows, k] Real, in the whole distribution; -inf: a probability of 0
-  double tolerance = 1e-3;          // what rounding may add: 1e-2 where the log-probabilities had 16 bits
+  double tolerance = 1e-3;          // what rounding may add, by the dtype that the log-probabilities had
   Tail tail = Tail::bucket;
   double shift = 0.0;  // the divergence's functor adds shift (q - p) to f and shift q to g; `ignore` takes it off again
 };

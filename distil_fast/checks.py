@@ -256,10 +256,10 @@ def check_label_smoothing(label_smoothing: object) -> float:
 
 
 def check_positive(name: str, quantity: object) -> float:
-    """A logit scale or a softcap: a finite number above 0."""
+    """A logit scale or a softcap: a number above 0, such that their quotient and its products stay in a float."""
     number = _as_float(name, quantity)
-    if not 0.0 < number < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0, got {quantity}.")
+    if not 1e-15 <= number <= 1e15:
+        raise ValueError(f"{name}: expected a number > 0 (1e-15 to 1e15), got {quantity}.")
     return number
 
 

@@ -1,4 +1,5 @@
-"""The public functions as nn.Modules: settings in the constructor, tensors in forward. No state but HiddenLoss' layers.
+"""The public functions as nn.Modules: settings in the constructor, tensors in forward. No state but HiddenLoss' layers and
+class weights, a buffer as in `torch.nn.CrossEntropyLoss`.
 
 They know nothing that functional.py and hidden.py do not; arguments, formulae and errors are documented there.
 """
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from distil_fast import functional, hidden, parallel
 from distil_fast.reference import Divergence, LossTerms, TripleTerms
+from distil_fast.teachers import Teacher
 
 
 class _Loss(nn.Module):
@@ -25,7 +27,21 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
-class DistillationLoss(_Loss):
+class _LabelLoss(_Loss):
+    """A loss with labels, whose classes may have weights; they move and are saved with the module."""
+
+    class_weights: Tensor | None
+
+    def __init__(self, class_weights: Tensor | None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register_buffer("class_weights", class_weights)
+
+    def extra_repr(self) -> str:
+        shape = None if self.class_weights is None else tuple(self.class_weights.shape)
+        return f"{super().extra_repr()}, class_weights={shape}"
+
+
+class DistillationLoss(_LabelLoss):
     """`distil_fast.distillation_loss` as a module."""
 
     def __init__(
@@ -38,11 +54,19 @@ class DistillationLoss(_Loss):
         divergence: str | Divergence = "forward_kl",
         t_squared: bool = True,
         label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        z_loss: float = 0.0,
+        student_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_softcap: float | None = None,
+        vocab_size: int | None = None,
         reduction: str = "mean",
         inplace: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
+            class_weights,
             temperature=temperature,
             soft_weight=soft_weight,
             hard_weight=hard_weight,
@@ -50,6 +74,12 @@ class DistillationLoss(_Loss):
             divergence=divergence,
             t_squared=t_squared,
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            student_logit_scale=student_logit_scale,
+            student_softcap=student_softcap,
+            teacher_logit_scale=teacher_logit_scale,
+            teacher_softcap=teacher_softcap,
+            vocab_size=vocab_size,
             reduction=reduction,
             inplace=inplace,
             backend=backend,
@@ -58,15 +88,16 @@ class DistillationLoss(_Loss):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | Teacher | None,
         labels: Tensor | None = None,
         *,
         soft_mask: Tensor | None = None,
         soft_count: float | Tensor | None = None,
         hard_count: float | Tensor | None = None,
     ) -> LossTerms:
-        counts: dict[str, Any] = {"soft_mask": soft_mask, "soft_count": soft_count, "hard_count": hard_count}
-        return functional.distillation_loss(student_logits, teacher_logits, labels, **counts, **self.settings)
+        given: dict[str, Any] = {"soft_mask": soft_mask, "soft_count": soft_count, "hard_count": hard_count}
+        given["class_weights"] = self.class_weights
+        return functional.distillation_loss(student_logits, teacher_logits, labels, **given, **self.settings)
 
 
 class DivergenceLoss(_Loss):
@@ -78,17 +109,31 @@ class DivergenceLoss(_Loss):
         divergence: str | Divergence = "forward_kl",
         temperature: float = 1.0,
         t_squared: bool = False,
+        student_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_softcap: float | None = None,
+        vocab_size: int | None = None,
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
         super().__init__(
-            divergence=divergence, temperature=temperature, t_squared=t_squared, reduction=reduction, backend=backend
+            divergence=divergence,
+            temperature=temperature,
+            t_squared=t_squared,
+            student_logit_scale=student_logit_scale,
+            student_softcap=student_softcap,
+            teacher_logit_scale=teacher_logit_scale,
+            teacher_softcap=teacher_softcap,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            backend=backend,
         )
 
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | Teacher,
         *,
         mask: Tensor | None = None,
         count: float | Tensor | None = None,
@@ -96,7 +141,7 @@ class DivergenceLoss(_Loss):
         return functional.divergence_loss(student_logits, teacher_logits, mask=mask, count=count, **self.settings)
 
 
-class CrossEntropyLoss(_Loss):
+class CrossEntropyLoss(_LabelLoss):
     """`distil_fast.cross_entropy` as a module."""
 
     def __init__(
@@ -104,15 +149,28 @@ class CrossEntropyLoss(_Loss):
         *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        z_loss: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        vocab_size: int | None = None,
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
         super().__init__(
-            ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, backend=backend
+            class_weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            backend=backend,
         )
 
     def forward(self, logits: Tensor, labels: Tensor, *, count: float | Tensor | None = None) -> Tensor:
-        return functional.cross_entropy(logits, labels, count=count, **self.settings)
+        return functional.cross_entropy(logits, labels, count=count, class_weights=self.class_weights, **self.settings)
 
 
 class CosineLoss(_Loss):

@@ -313,6 +313,11 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
 # ---------------------------------------------------------------------------------------------- rows
 
 
+def _cut(logits: Tensor, vocab_size: int | None) -> Tensor:
+    """The columns that take part."""
+    return logits if vocab_size is None else logits[..., :vocab_size]
+
+
 def _transformed(logits: Tensor, scale: float, cap: float) -> Tensor:
     """cap tanh(scale logits / cap), or scale logits where cap is 0; -inf, a masked column, stays."""
     if cap:
@@ -411,7 +416,7 @@ def two_terms(
 
 def student_rows(logits: Tensor, vocab_size: int | None, scale: float, softcap: float | None) -> Tensor:
     """The student's logits as both terms see them: cut, scaled and capped, in the precision of the sums."""
-    return _transformed(_working(logits)[..., :vocab_size], scale, softcap or 0.0)
+    return _transformed(_cut(_working(logits), vocab_size), scale, softcap or 0.0)
 
 
 def distillation_loss(
@@ -436,7 +441,7 @@ def distillation_loss(
     student = student_rows(student_logits, vocab_size, student_logit_scale, student_softcap)
     if teacher_logits is None:
         return two_terms(student, None, labels, **options)
-    given = _working(teacher_logits).to(student.dtype)[..., :vocab_size]
+    given = _cut(_working(teacher_logits).to(student.dtype), vocab_size)
 
     def soft_rows(student: Tensor, used: Tensor, temperature: Tensor) -> Tensor:
         teacher = _transformed(_used_rows_only(given, used), teacher_logit_scale, teacher_softcap or 0.0)
@@ -478,9 +483,15 @@ def divergence_loss(
     mask: Tensor | None = None,
     count: Number | None = None,
     t_squared: bool = False,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    teacher_form: str = "logits",
     reduction: str = "mean",
 ) -> Tensor:
-    """`distil_fast.divergence_loss` in plain torch."""
+    """`distil_fast.divergence_loss` in plain torch; `teacher_form` as in `distillation_loss`."""
     return distillation_loss(
         student_logits,
         teacher_logits,
@@ -489,6 +500,12 @@ def divergence_loss(
         soft_count=count,
         divergence=divergence,
         t_squared=t_squared,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        vocab_size=vocab_size,
+        teacher_form=teacher_form,
         reduction=reduction,
     ).loss
 
@@ -500,6 +517,11 @@ def cross_entropy(
     count: Number | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """`distil_fast.cross_entropy` in plain torch."""
@@ -510,6 +532,11 @@ def cross_entropy(
         hard_count=count,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
+        student_logit_scale=logit_scale,
+        student_softcap=softcap,
+        vocab_size=vocab_size,
         reduction=reduction,
     ).loss
 

@@ -38,17 +38,17 @@ class Probs:
 class TopK:
     """The k likeliest columns of a teacher's distribution, at temperature T: T then divides the student's logits alone.
 
-    A row costs the loss one reading and one writing of the student's row; "renormalise" without a hard
-    term reads k logits only. Any k columns will do; they need no order.
+    A row costs the loss one reading and one writing of the student's row; "renormalise" without a hard term reads k
+    logits only. Any k columns will do; they need no order.
 
     Args:
         ids: `[..., k]` integers in [0, V), different within a row; -1 pads a row of fewer than k entries.
         log_probs: `[..., k]` their log-probabilities in the whole distribution, at temperature T, in any floating
-            dtype (float64 only beside float64); without gradient. A row whose probabilities sum to more than 1 (by
-            more than 0.1 %, or 1 % in 16 bits) is an error. Beside an id of -1: anything.
+            dtype (float64 only beside float64); without gradient. A row whose probabilities sum to more than 1, by
+            more than rounding (0.1 %; 1 % in float16, 5 % in bfloat16), is an error. Beside an id of -1: anything.
         tail: what becomes of the mass that is missing to 1. "bucket": one more outcome, compared with the student's
             mass outside the k. "renormalise": both models are renormalised over the k. "ignore": the sum over the k
-            stops there; the student keeps its own normalisation. docs/math.md, section 10.
+            stops there; the student keeps its own normalisation. docs/math.md, "A top-k teacher".
     """
 
     ids: Tensor

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_fast import JSD, TopK, reference, reference_topk
+from distil_fast import JSD, AlphaBeta, LogProbs, Probs, TopK, reference, reference_topk
 
 
 class Batch(NamedTuple):
@@ -68,6 +68,19 @@ def topk_loss(f: Any, b: Batch, tail: str = "bucket", **settings: Any) -> Any:
     return f.distillation_loss(b.student_logits, TopK(ids, teacher.log_probs, tail), b.labels, **settings)
 
 
+def _by_form(f: Any, form: type[LogProbs] | type[Probs], b: Batch, **settings: Any) -> Any:
+    """A teacher that gives (log-)probabilities: an object, for the reference a name."""
+    given = b.teacher_logits.log_softmax(-1) if form is LogProbs else b.teacher_logits.softmax(-1)
+    if f is reference:
+        name = "log_probs" if form is LogProbs else "probs"
+        return f.distillation_loss(b.student_logits, given, b.labels, teacher_form=name, **settings)
+    return f.distillation_loss(b.student_logits, form(given), b.labels, **settings)
+
+
+def _class_weights(b: Batch, cols: int) -> Tensor:
+    return torch.linspace(0.0, 2.0, cols, device=b.labels.device)
+
+
 def _row_calls(reduction: str) -> dict[str, Call]:
     return {
         "distillation": lambda f, b: f.distillation_loss(
@@ -87,6 +100,21 @@ def _row_calls(reduction: str) -> dict[str, Call]:
             label_smoothing=0.1,
             reduction=reduction,
         ),
+        "options": lambda f, b: f.distillation_loss(
+            b.student_logits,
+            b.teacher_logits,
+            b.labels.clamp(max=30),
+            divergence=AlphaBeta(0.4, 0.5),
+            class_weights=_class_weights(b, 31),
+            z_loss=0.01,
+            student_logit_scale=0.8,
+            student_softcap=4.0,
+            teacher_logit_scale=1.2,
+            teacher_softcap=6.0,
+            vocab_size=31,
+            reduction=reduction,
+        ),
+        "log_probs": lambda f, b: _by_form(f, LogProbs, b, soft_mask=b.token_weights, reduction=reduction),
         "divergence": lambda f, b: f.divergence_loss(
             b.student_logits, b.teacher_logits, divergence="reverse_kl", mask=b.attention_mask, reduction=reduction
         ),
@@ -114,6 +142,25 @@ CALLS: dict[str, Call] = {
     ),
     "divergence-count": lambda f, b: f.divergence_loss(
         b.student_logits, b.teacher_logits, temperature=b.temperatures, mask=b.token_weights, count=3.5, t_squared=True
+    ),
+    "divergence-options": lambda f, b: f.divergence_loss(
+        b.student_logits,
+        b.teacher_logits[..., :35],
+        divergence="skewed_kl",
+        student_softcap=5.0,
+        teacher_logit_scale=0.7,
+        vocab_size=33,
+    ),
+    "probs": lambda f, b: _by_form(
+        f, Probs, b, temperature=b.temperatures, divergence="hellinger", student_softcap=9.0
+    ),
+    "cross_entropy-options": lambda f, b: f.cross_entropy(
+        b.student_logits,
+        b.labels,
+        class_weights=_class_weights(b, b.student_logits.shape[-1]),
+        z_loss=0.02,
+        logit_scale=1.3,
+        softcap=3.0,
     ),
     "cross_entropy-smooth": lambda f, b: f.cross_entropy(b.student_logits, b.labels, count=5, label_smoothing=0.2),
     "cosine-weights": lambda f, b: f.cosine_loss(b.student_hidden, b.teacher_hidden, b.token_weights, 4.0),

@@ -108,12 +108,13 @@ def exact(
     s = student.detach().double()
     t = None if teacher is None else teacher.detach().double()
     above = None if upstream is None else upstream.double()
-    terms, grad = _terms(s, t, labels, above, settings)
-    if _width(s, settings) == 1:
-        grad = torch.zeros_like(grad) if not settings.get("z_loss") else grad  # one column has one distribution
     bare_s, bare_t, slope, bare = _bare(s, t, settings)
+    terms, bare_grad = _terms(bare_s, bare_t, labels, above, bare)
+    if bare_s.shape[-1] == 1 and not settings.get("z_loss"):
+        bare_grad = torch.zeros_like(bare_grad)  # one column has one distribution
+    grad = torch.nn.functional.pad(bare_grad * slope, (0, s.shape[-1] - bare_s.shape[-1]))
     soft, hard, soft_weight, hard_weight = _shares(bare_s, bare_t, labels, bare)
-    temperature = torch.as_tensor(bare.get("temperature", 2.0)).double()
+    temperature = _temperature(bare)
     of_rows = 1.0 if above is None else above.abs()
     scales = {"soft": soft, "hard": hard, "loss": soft_weight * soft + hard_weight * hard}
     if settings.get("reduction", "mean") == "none":
@@ -149,27 +150,23 @@ def _terms(
     return terms, torch.autograd.grad(terms.loss, x, upstream)[0]
 
 
-def _width(student: Tensor, settings: dict[str, Any]) -> int:
-    """How many columns take part."""
-    return settings.get("vocab_size") or student.shape[-1]
-
-
 def _bare(
     student: Tensor, teacher: Tensor | None, settings: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, Tensor, dict[str, Any]]:
     """The logits that the losses see, the student's slope at what is given, and the settings that are left for them."""
-    width, bare = _width(student, settings), dict(settings)
+    width, bare = settings.get("vocab_size") or student.shape[-1], dict(settings)
     for name in ("vocab_size", "teacher_form", *(f"{m}_{t}" for m in MODELS for t in ("logit_scale", "softcap"))):
         bare.pop(name, None)
-    x = student[..., :width].detach().requires_grad_()
     transform = {m: (settings.get(f"{m}_logit_scale", 1.0), settings.get(f"{m}_softcap") or 0.0) for m in MODELS}
-    y = reference._transformed(x * 1.0, *transform["student"])
-    (slope,) = torch.autograd.grad(y.sum(), x)
+    scale, cap = transform["student"]
+    # not 1 - tanh^2, of which nothing is left where the cap is reached
+    u = (-2.0 * (student[..., :width] * (scale / cap)).abs()).exp() if cap else torch.ones_like(student[..., :width])
     if teacher is not None:
-        temperature = torch.as_tensor(settings.get("temperature", 2.0)).double().expand(teacher.shape[:-1])
+        temperature = _temperature(settings).expand(teacher.shape[:-1])
         teacher = reference._transformed(teacher[..., :width], *transform["teacher"])
         teacher = reference._as_logits(teacher, settings.get("teacher_form", "logits"), temperature)
-    return y.detach(), teacher, slope, bare
+    student = reference._transformed(student[..., :width], scale, cap)
+    return student, teacher, scale * 4.0 * u / (1.0 + u).square(), bare
 
 
 def _rounding(
@@ -219,6 +216,10 @@ def _slope_rounding(student: Tensor, grad: Tensor, settings: dict[str, Any]) -> 
     return torch.where(grad == 0, 0.0, 4.0 * z * grad).norm(dim=-1)
 
 
+def _temperature(settings: dict[str, Any]) -> Tensor:
+    return torch.as_tensor(settings.get("temperature", 2.0), dtype=torch.float64)
+
+
 def _shares(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, settings: dict[str, Any]
 ) -> tuple[Tensor, Tensor, float, float]:
@@ -230,7 +231,7 @@ def _shares(
         rows = soft + 1.0 if mask is None else mask.double()
         soft = reference._share(rows, settings.get("soft_count"), reduction)
         if settings.get("t_squared", True):
-            soft = soft * torch.as_tensor(settings.get("temperature", 2.0)).double() ** 2
+            soft = soft * _temperature(settings) ** 2
     if labels is not None:
         valid = labels != settings.get("ignore_index", -100)
         weights = settings.get("class_weights")
@@ -258,7 +259,7 @@ def _soft_slack(
     would remove; the skewed ones' roundings are more, and the reverse one's g grows to q log(1 / alpha).
     """
     divergence = reference.as_divergence(settings.get("divergence", "forward_kl"))
-    temperature = torch.as_tensor(settings.get("temperature", 2.0)).double()
+    temperature = _temperature(settings)
     by = temperature.unsqueeze(-1) if temperature.dim() else temperature
     log_p, log_q = (teacher / by).log_softmax(-1), (student / by).log_softmax(-1)
     both = (log_p.exp() + log_q.exp()).nan_to_num(0.0)

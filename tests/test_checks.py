@@ -7,6 +7,7 @@ It knows no formula. Next: test_functional.py, what right arguments mean.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -88,8 +89,22 @@ def test_counts_go_with_a_mean_only() -> None:
 
 @pytest.mark.parametrize("beta", [0, 1, 0.0, 1.0, -0.5, 1.5, NAN])
 def test_the_ends_of_jsd_name_the_divergence_that_is_meant(beta: float) -> None:
-    with pytest.raises(ValueError, match=rf"0 < beta < 1, got {beta}.*'forward_kl'.*'reverse_kl'"):
+    with pytest.raises(ValueError, match=rf"beta.* inside \(0, 1\), got {beta}.*'forward_kl'.*'reverse_kl'"):
         JSD(beta)
+
+
+@pytest.mark.parametrize("alpha", [0, 1.0, -0.5, 1.5, NAN])
+def test_the_ends_of_the_skewed_divergences_name_the_one_that_is_meant(alpha: float) -> None:
+    for kind, end in ((distil_fast.SkewedKL, "forward_kl"), (distil_fast.SkewedReverseKL, "reverse_kl")):
+        with pytest.raises(ValueError, match=rf"alpha.* inside \(0, 1\), got {alpha}.*'{end}'"):
+            kind(alpha)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, 1e-4, 1e4, NAN, math.inf])
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_the_ends_of_alpha_beta_name_the_divergence_that_is_meant(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}.* from 0\.001 to 1000, got {value}.*'forward_kl'.*'reverse_kl'"):
+        distil_fast.AlphaBeta(**{name: value})
 
 
 @pytest.mark.parametrize("beta", ["0.5", None])

@@ -50,11 +50,37 @@ SETTINGS: dict[type[nn.Module], dict[str, Any]] = {
         "divergence": JSD(0.3),
         "t_squared": False,
         "label_smoothing": 0.1,
+        "class_weights": None,  # not beside label smoothing: a test of their own
+        "z_loss": 0.01,
+        "student_logit_scale": 0.5,
+        "student_softcap": 3.0,
+        "teacher_logit_scale": 1.5,
+        "teacher_softcap": 4.0,
+        "vocab_size": 36,
         "reduction": "sum",
         "inplace": True,
     },
-    DivergenceLoss: {"divergence": "reverse_kl", "temperature": 3.0, "t_squared": True, "reduction": "none"},
-    CrossEntropyLoss: {"ignore_index": IGNORED, "label_smoothing": 0.2, "reduction": "none"},
+    DivergenceLoss: {
+        "divergence": "reverse_kl",
+        "temperature": 3.0,
+        "t_squared": True,
+        "student_logit_scale": 0.5,
+        "student_softcap": 3.0,
+        "teacher_logit_scale": 1.5,
+        "teacher_softcap": 4.0,
+        "vocab_size": 36,
+        "reduction": "none",
+    },
+    CrossEntropyLoss: {
+        "ignore_index": IGNORED,
+        "label_smoothing": 0.2,
+        "class_weights": None,
+        "z_loss": 0.01,
+        "logit_scale": 0.5,
+        "softcap": 3.0,
+        "vocab_size": 36,
+        "reduction": "none",
+    },
     CosineLoss: {"reduction": "none"},
     HiddenMSELoss: {"reduction": "none"},
     LogitMSELoss: {"reduction": "none"},
@@ -114,7 +140,7 @@ def test_hands_every_setting_over(face: type[nn.Module]) -> None:
     assert_identical(actual, run(lambda b: FACES[face](*arguments(face, b), **settings), labelled()))
     with pytest.raises(ValueError, match="backend: expected one of"):
         face(**{**settings, "backend": "none such"})(*arguments(face, labelled()))
-    for name in settings.keys() - {"inplace", "backend"}:  # each of the others makes a difference
+    for name in settings.keys() - {"inplace", "backend", "class_weights"}:  # each of the others makes a difference
         others = {key: value for key, value in settings.items() if key != name}
         other = run(lambda b, s=others: face(**s)(*arguments(face, b)), labelled())
         assert not torch.equal(other.values[0], actual.values[0]), name
@@ -150,6 +176,22 @@ def test_has_no_state_and_says_its_settings(face: type[nn.Module]) -> None:
         assert f"{name}={value!r}" in repr(module)
     for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert repr(other) == repr(module)
+
+
+@pytest.mark.parametrize("face", [DistillationLoss, CrossEntropyLoss])
+def test_class_weights_are_a_buffer(face: type[nn.Module]) -> None:
+    """They are saved and moved with the module, as torch.nn.CrossEntropyLoss's are."""
+    weights = torch.linspace(0.1, 2.0, 37)
+    module = face(class_weights=weights)
+    actual = run(lambda b: module(*arguments(face, b)), labelled())
+    assert_identical(actual, run(lambda b: FACES[face](*arguments(face, b), class_weights=weights), labelled()))
+    assert not torch.equal(actual.values[0], run(lambda b: face()(*arguments(face, b)), labelled()).values[0])
+    assert list(module.state_dict()) == ["class_weights"]
+    other = face(class_weights=torch.ones(37))
+    other.load_state_dict(module.state_dict())
+    assert_identical(run(lambda b: other(*arguments(face, b)), labelled()), actual)
+    assert module.to(torch.float64).class_weights.dtype == torch.float64
+    assert "class_weights=(37,)" in repr(module)
 
 
 @every_face

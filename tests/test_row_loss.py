@@ -210,6 +210,7 @@ def test_fp16_gradient_survives_a_mean_over_many_rows() -> None:
 # ------------------------------------------------------------------------------------------------ arguments
 
 ROWS = 6
+CLASS_WEIGHTS = torch.rand(37, generator=oracle.generator("class weights")).index_fill(0, torch.tensor([0]), 0.0)
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "t_squared off": {"t_squared": False, "temperature": 3.0},
@@ -236,6 +237,36 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "smoothing at 3.7": {"label_smoothing": 0.3, "temperature": 3.7},
     "reverse": {"divergence": "reverse_kl"},
     "jsd": {"divergence": distil_fast.JSD(0.25)},
+    "class_weights": {"class_weights": CLASS_WEIGHTS},
+    "class_weights and count": {"class_weights": CLASS_WEIGHTS, "hard_count": 5.0, "hard_weight": 0.5},
+    "ignore_index and class_weights": {"class_weights": CLASS_WEIGHTS, "ignore_index": 3},
+    "half class_weights": {"class_weights": CLASS_WEIGHTS.bfloat16(), "soft_weight": 0.0},
+    "z_loss": {"z_loss": 1e-2},
+    "z_loss at T = 1, smooth": {"z_loss": 0.3, "temperature": 1.0, "label_smoothing": 0.2},
+    "z_loss alone": {"z_loss": 1e-4, "soft_weight": 0.0},
+    "z_loss and class_weights": {"z_loss": 1e-2, "class_weights": CLASS_WEIGHTS, "temperature": 3.7},
+    "student_logit_scale": {"student_logit_scale": 0.3},
+    "student_softcap": {"student_softcap": 3.0},
+    "student_softcap at T = 1": {"student_softcap": 3.0, "temperature": 1.0},
+    "student_softcap at 3.7, smooth": {"student_softcap": 3.0, "temperature": 3.7, "label_smoothing": 0.1},
+    "student_softcap, hard": {"student_softcap": 3.0, "student_logit_scale": 1.7, "soft_weight": 0.0},
+    "teacher_logit_scale": {"teacher_logit_scale": 1.3},
+    "teacher_softcap": {"teacher_softcap": 5.0, "teacher_logit_scale": 0.7, "divergence": "reverse_kl"},
+    "both softcaps": {"student_softcap": 3.0, "teacher_softcap": 5.0, "divergence": "hellinger"},
+    "a softcap far away": {"student_softcap": 1e6},
+    "a softcap that is near": {"student_softcap": 0.01},
+    "vocab_size": {"vocab_size": 37},
+    "transforms everywhere": {
+        "student_logit_scale": 0.9,
+        "student_softcap": 4.0,
+        "teacher_logit_scale": 1.1,
+        "teacher_softcap": 6.0,
+        "temperature": torch.tensor([0.5, 1.0, 2.0, 3.7, 10.0, 2.0]),
+        "soft_mask": torch.tensor([0.5, 0.0, 2.0, 1.0, 0.25, 0.0]),
+        "class_weights": CLASS_WEIGHTS,
+        "z_loss": 0.01,
+        "divergence": distil_fast.JSD(0.25),
+    },
     "everything": {
         "temperature": torch.tensor([0.5, 1.0, 2.0, 3.7, 10.0, 2.0]),
         "soft_weight": 0.7,

@@ -19,7 +19,7 @@ from distil_fast.backends.settings import TAILS
 from distil_fast.reference_topk import topk_loss
 from tests import calls, oracle
 
-TAIL_ROUNDING = 2.0  # half ulps of r_tail that a sum of exponentials costs: docs/math.md, section 10
+TAIL_ROUNDING = 2.0  # half ulps of r_tail that a sum of exponentials costs: docs/math.md, "A top-k teacher"
 SIZES = ((7, 3), (17, 17), (100, 64), (5000, 64), (300, 300), (2049, 1))  # V, k
 TEMPERATURES = (2.0, 1.0, 3.7, 0.5)
 TERMS: tuple[dict[str, Any], ...] = ({}, {"soft_weight": 0.7, "hard_weight": 1.3, "label_smoothing": 0.1})

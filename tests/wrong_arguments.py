@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_fast import JSD
+from distil_fast import JSD, LogProbs, Probs
 
 ROWS, V = 4, 11
 
@@ -73,7 +73,6 @@ WRONG: dict[str, Wrong] = {
         lambda: {"student_logits": torch.ones(())}, ValueError, ("student_logits", r"\[\.\.\., size\]", r"\(\)")
     ),
     "student-V=0": Wrong(lambda: {"student_logits": torch.ones(ROWS, 0)}, ValueError, ("size >= 1", r"\(4, 0\)")),
-    "teacher-none": Wrong(lambda: {"teacher_logits": None}, TypeError, ("teacher_logits", "tensor", "NoneType")),
     "teacher-int": Wrong(
         lambda: {"teacher_logits": torch.ones(ROWS, V, dtype=torch.int32)}, TypeError, ("teacher_logits", "int32")
     ),
@@ -86,10 +85,10 @@ WRONG: dict[str, Wrong] = {
     "teacher-padded": Wrong(
         lambda: {"teacher_logits": torch.ones(ROWS, V + 5)},
         ValueError,
-        (r"\(4, 16\)", r"teacher_logits\[\.\.\., :11\]"),
+        (r"\(4, 16\)", "vocab_size", "at most 11"),
     ),
     "student-padded": Wrong(
-        lambda: {"teacher_logits": torch.ones(ROWS, V - 3)}, ValueError, (r"\(4, 8\)", r"student_logits\[\.\.\., :8\]")
+        lambda: {"teacher_logits": torch.ones(ROWS, V - 3)}, ValueError, (r"\(4, 8\)", "vocab_size", "at most 8")
     ),
     "teacher-device": Wrong(
         lambda: {"teacher_logits": torch.ones(ROWS, V, device="meta")}, ValueError, ("cpu", "meta", r"\.to\('cpu'\)")
@@ -187,6 +186,92 @@ WRONG: dict[str, Wrong] = {
     # ---- settings
     **number("reduction", ["avg", "", "Mean", "batchmean", None, 0], ValueError, "mean, sum, none", "got"),
     **number("divergence", ["kl", "", "JSD"], ValueError, "forward_kl, reverse_kl, jsd", "got"),
+    # ---- the hard term's extras
+    **number("z_loss", [-1.0, NAN, INF], ValueError, ">= 0", "got"),
+    **number("z_loss", ["1", None, [1.0]], TypeError, "number", "got"),
+    **{
+        f"{name}-without-labels": Wrong(
+            lambda name=name, value=value: {"labels": None, name: value},
+            ValueError,
+            (name, "without labels", "Pass labels"),
+        )
+        for name, value in (("z_loss", 0.1), ("class_weights", torch.ones(V)))
+    },
+    **number("class_weights", [1.0, [1.0] * V], TypeError, "tensor", "got"),
+    "class_weights-int": Wrong(
+        lambda: {"class_weights": torch.ones(V).int()}, TypeError, ("class_weights", "floating-point", "int32")
+    ),
+    "class_weights-shape": Wrong(
+        lambda: {"class_weights": torch.ones(V + 1)}, ValueError, ("class_weights", r"\(11,\)", r"\(12,\)")
+    ),
+    "class_weights-of-what-is-cut": Wrong(
+        lambda: {"class_weights": torch.ones(V), "vocab_size": V - 1, "labels": label_rows(0, 0)},
+        ValueError,
+        ("class_weights", r"\(10,\)", r"\(11,\)"),
+    ),
+    "class_weights-device": Wrong(
+        lambda: {"class_weights": torch.ones(V, device="meta")},
+        ValueError,
+        ("class_weights", "cpu", "meta", r"\.to\('cpu'\)"),
+    ),
+    "class_weights-requires-grad": Wrong(
+        lambda: {"class_weights": torch.ones(V, **LEAF)},
+        ValueError,
+        ("class_weights requires grad", r"class_weights\.detach\(\)"),
+    ),
+    "class_weights-and-smoothing": Wrong(
+        lambda: {"class_weights": torch.ones(V), "label_smoothing": 0.1},
+        ValueError,
+        ("class_weights", "label_smoothing=0", "Use one"),
+    ),
+    **{
+        f"class_weights-of-{x}": Wrong(
+            lambda x=x: {"class_weights": torch.ones(V).index_fill(0, torch.tensor([3, 7]), x)},
+            ValueError,
+            ("class_weights", ">= 0", f"got {x}", "for class 3"),
+        )
+        for x in (-1.0, NAN, INF)
+    },
+    # ---- transforms
+    **{
+        key: case
+        for name in ("student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap")
+        for key, case in {
+            **number(name, [0.0, -1.0, NAN, INF, 1e-16, 1e16], ValueError, "> 0", "got"),
+            **number(name, ["1", [1.0]], TypeError, "number", "got"),
+        }.items()
+    },
+    # ---- forms of teacher, and widths
+    **{
+        f"{form.__name__}-and-{name}": Wrong(
+            lambda form=form, name=name: {"teacher_logits": form(torch.full((ROWS, V), 1e-3)), name: 2.0},
+            ValueError,
+            ("teacher_logit_scale", "teacher_softcap", "given by its logits", "Leave them out"),
+        )
+        for form in (LogProbs, Probs)
+        for name in ("teacher_logit_scale", "teacher_softcap")
+    },
+    **{
+        f"{form.__name__}-{what}": Wrong(lambda form=form, given=given: {"teacher_logits": form(given)}, error, says)
+        for form in (LogProbs, Probs)
+        for what, given, error, says in (
+            ("list", [[1.0]], TypeError, ("teacher_logits", "tensor", "list")),
+            ("rows", torch.zeros(ROWS + 1, V), ValueError, ("teacher_logits", r"\(4, 11\)", r"\(5, 11\)")),
+            ("requires-grad", torch.zeros(ROWS, V, **LEAF), ValueError, ("requires grad", "no_grad", r"detach\(\)")),
+        )
+    },
+    **number("vocab_size", [0, -1, V + 1], ValueError, "1 to 11", "got"),
+    **number("vocab_size", [True, 2.0, "3"], TypeError, "integer", "got"),
+    "vocab_size-of-the-wider": Wrong(
+        lambda: {"teacher_logits": torch.ones(ROWS, V - 3), "vocab_size": V},
+        ValueError,
+        ("vocab_size", "1 to 8", "both models", "got 11"),
+    ),
+    "label-beyond-vocab_size": Wrong(
+        lambda: {"labels": label_rows(1, V - 1), "vocab_size": V - 1},
+        ValueError,
+        ("labels", "0 <= label < 10", "got 10 in row 1", "ignore_index"),
+    ),
     **number("divergence", [None, 0.5, JSD], TypeError, r"JSD\(0\.5\)", "got", "forward_kl, reverse_kl, jsd"),
     **number("label_smoothing", [-0.1, 1.1, NAN], ValueError, r"\[0, 1\]", "got"),
     **number("label_smoothing", ["0.1", None], TypeError, "number", "got"),

@@ -5,7 +5,7 @@ template <class V, class... T>
 constexpr Table<typename V::Real> make_table() {
   Table<typename V::Real> table{};
   int s = 0;
-  ((fill_sweeps<V, T, T...>(table.rows, s), fill_softmax<V, T>(table.softmax, s),
+  ((fill_sweeps<V, T, T...>(table.rows, s), fill_prepare<V, T>(table.rows, s), fill_softmax<V, T>(table.softmax, s),
     fill_pairs<V, T, T...>(table.pairs, s), fill_topk<V, T>(table.topk, s), table.rescale[s] = rescale<V, T>, ++s),
    ...);
   table.rows.weighted_difference = weighted_difference<V>;

@@ -42,6 +42,36 @@ Fault count_mask(const Mask<Real>& mask, int64_t rows, double* counted) {
   return {};
 }
 
+// What each row counts in the hard term: 0 without a label, else 1, or its label's class weight.
+template <class Real>
+struct Labels {
+  const int64_t* data;
+  int64_t ignore_index;
+  const Real* class_weights;  // [cols]; null: 1
+
+  double operator[](int64_t row) const {
+    if (data[row] == ignore_index) return 0.0;
+    return class_weights ? class_weights[data[row]] : 1.0;
+  }
+};
+
+// Their sum, or the first class weight that is negative or not finite, or the first label that is not a column.
+template <class Real>
+Fault count_labels(const Labels<Real>& labels, int64_t rows, int64_t cols, double* counted) {
+  for (int64_t column = 0; labels.class_weights && column < cols; ++column) {
+    const double weight = labels.class_weights[column];
+    if (!(weight >= 0.0) || std::isinf(weight)) return {FaultKind::class_weight, column, weight};
+  }
+  *counted = 0.0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t label = labels.data[row];
+    if (label == labels.ignore_index) continue;
+    if (label < 0 || label >= cols) return {FaultKind::label, row, static_cast<double>(label)};
+    *counted += labels[row];
+  }
+  return {};
+}
+
 // The unit that an fp16 gradient is stored in, from the largest weight of a row: a power of two, so that
 // applying it later is exact. A row's gradient is mostly below its weight, so a unit 64 times smaller than
 // the weight keeps small probabilities out of fp16's subnormals, and leaves room for gradients 1000 times

@@ -14,6 +14,7 @@ namespace {
 #include DISTIL_FAST_VEC
 #include "math.h"
 #include "sweeps.h"
+#include "prepare.h"
 #include "pair.h"
 #include "sharded.h"
 #include "softmax.h"

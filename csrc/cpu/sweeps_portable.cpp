@@ -13,6 +13,7 @@ namespace {
 #include "math.h"
 #include "math_double.h"
 #include "sweeps.h"
+#include "prepare.h"
 #include "pair.h"
 #include "sharded.h"
 #include "softmax.h"

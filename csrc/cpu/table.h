@@ -68,6 +68,12 @@ struct Combine {
   double of_g, of_q, of_h, constant, ref_s;
 };
 
+// How what a model gives becomes logits: scale x; cap tanh(scale x / cap) where cap is not 0; scale log x.
+struct Prepare {
+  double scale, cap;
+  bool logarithm;
+};
+
 // A dtype's index: f64 alone, or f32, f16, bf16 in DType's order.
 template <class Real>
 inline constexpr int dtypes = sizeof(Real) == 8 ? 1 : 3;
@@ -79,6 +85,8 @@ struct Sweeps {
                                 Real* et, Real* difference, Block<Real>* block, const Ahead& ahead);
   void (*exponentiate_alone[D])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block,
                                 const Ahead& ahead);
+  void (*prepare[D])(const void* given, int64_t n, const Prepare& by, Real* logits);
+  void (*chain[D])(void* out, const void* student, const Real* gradient, int64_t n, const Prepare& by);
   double (*maximum[D])(const void* logits, int64_t n);
   double (*exponential_sum[D])(const void* logits, int64_t n, double reference);
   double (*shifted_sum[D])(const void* logits, int64_t n, double reference);
@@ -116,7 +124,6 @@ struct TopKSweeps {
   static constexpr int D = dtypes<Real>;
   void (*exponentiate[D][3])(const void* logits, int64_t n, double temperature, Real* es, Block<Real>* block,
                              const Ahead& ahead);  // by Hard
-  void (*widen[D])(const void* logits, int64_t n, Real* to);
   double (*total)(const Real* es, int64_t n);
 };
 

@@ -27,15 +27,6 @@ void exponentiate_twice(const void* logits, int64_t n, double temperature, typen
   block->z_h = z_h.value();
 }
 
-// Logits as they are, in the precision of the sums.
-template <class V, class S>
-void widen_row(const void* logits, int64_t n, typename V::Real* to) {
-  const S* s = static_cast<const S*>(logits);
-  const int64_t whole = n - n % V::width;
-  for (int64_t j = 0; j < whole; j += V::width) store(to + j, load(s + j));
-  if (whole < n) store(to + whole, load(s + whole, n - whole, 0.0), n - whole);
-}
-
 // Sum of exponentials that are in the scratch; the last vector's padding holds zeros.
 template <class V>
 double total(const typename V::Real* es, int64_t n) {
@@ -49,5 +40,4 @@ constexpr void fill_topk(TopKSweeps<typename V::Real>& table, int s) {
   table.exponentiate[s][static_cast<int>(Hard::linear)] = exponentiate_alone<V, S>;
   table.exponentiate[s][static_cast<int>(Hard::square)] = exponentiate_twice<V, S, Hard::square>;
   table.exponentiate[s][static_cast<int>(Hard::own)] = exponentiate_twice<V, S, Hard::own>;
-  table.widen[s] = widen_row<V, S>;
 }

@@ -103,8 +103,7 @@ def row_loss(
     if gradient == "inplace":
         check_inplace(student, teacher)
     grad = None if gradient == "no" else student if gradient == "inplace" else empty_like_rows(student)
-    part = cut(settings.vocab_size, student, teacher)
-    shape, (student_m, teacher_m, grad_m) = geometry(*part, cut_gradient(settings.vocab_size, grad))
+    shape, (student_m, teacher_m, grad_m) = geometry(*cut(settings.vocab_size, student, teacher, grad))
     labels = flat(labels, torch.int64)
     mask_is_bool = soft_mask is not None and soft_mask.dtype == torch.bool
     soft_mask = flat(soft_mask, torch.bool if mask_is_bool else real)
@@ -140,6 +139,7 @@ def row_loss(
     )
     if fault[0]:
         raise_fault(fault, cols=shape[2])
+    cut_gradient(settings.vocab_size, grad)  # in place, an error leaves the logits whole
     return loss, soft, hard, grad, unit
 
 
@@ -163,10 +163,6 @@ def topk_loss(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
     """`row_loss` with a teacher of k columns a row; shift: the divergence's."""
-    if tuple(settings.transforms[:2]) != (1.0, 0.0):
-        raise NotImplementedError(
-            "student_logit_scale and student_softcap: not with a TopK teacher on a CPU. Apply them to student_logits."
-        )
     rows = labels, soft_mask, class_weights
     scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
     tolerance = topk_tolerance(log_probs)

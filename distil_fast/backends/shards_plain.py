@@ -17,6 +17,7 @@ from torch import Tensor
 from distil_fast import reference
 from distil_fast.backends.layout import real_dtype
 from distil_fast.backends.shards import SUMS, TOTALS, Shard, distance
+from distil_fast.reference_pairs import times
 
 BLOCK = 1 << 22  # elements of a block of rows: 32 MB a temporary
 

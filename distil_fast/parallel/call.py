@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distil_fast import backends, checks, ops, reference
+from distil_fast import backends, checks, ops
 from distil_fast.backends.layout import CLASS_WEIGHT, LABEL, MASK, TEMPERATURE, raise_fault, real_dtype
 from distil_fast.backends.settings import RowSettings
 from distil_fast.backends.shards import Shard
@@ -20,6 +20,7 @@ from distil_fast.options import row_options
 from distil_fast.parallel import agreement, conduct
 from distil_fast.parallel.agreement import Place
 from distil_fast.reference import LossTerms
+from distil_fast.reference_pairs import share, times
 
 NO_SHARD: dict[str, Any] = {"vocab_size": None}  # options of distillation_loss that do not exist here
 
