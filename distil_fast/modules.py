@@ -340,8 +340,11 @@ class TripleLoss(_Loss):
         )
 
 
-class VocabParallelDistillationLoss(_Loss):
+class VocabParallelDistillationLoss(_LabelLoss):
     """`distil_fast.vocab_parallel_distillation_loss` as a module; its keyword arguments but masks and counts."""
+
+    def __init__(self, *, class_weights: Tensor | None = None, **settings: Any) -> None:
+        super().__init__(class_weights, **settings)
 
     def forward(
         self,
@@ -355,7 +358,7 @@ class VocabParallelDistillationLoss(_Loss):
     ) -> LossTerms:
         counts: dict[str, Any] = {"soft_mask": soft_mask, "soft_count": soft_count, "hard_count": hard_count}
         return parallel.vocab_parallel_distillation_loss(
-            student_logits, teacher_logits, labels, **counts, **self.settings
+            student_logits, teacher_logits, labels, class_weights=self.class_weights, **counts, **self.settings
         )
 
 
@@ -375,16 +378,24 @@ class VocabParallelDivergenceLoss(_Loss):
         )
 
 
-class VocabParallelCrossEntropyLoss(_Loss):
+class VocabParallelCrossEntropyLoss(_LabelLoss):
     """`distil_fast.vocab_parallel_cross_entropy` as a module; its keyword arguments but the count."""
 
+    def __init__(self, *, class_weights: Tensor | None = None, **settings: Any) -> None:
+        super().__init__(class_weights, **settings)
+
     def forward(self, logits: Tensor, labels: Tensor, *, count: float | Tensor | None = None) -> Tensor:
-        return parallel.vocab_parallel_cross_entropy(logits, labels, count=count, **self.settings)
+        return parallel.vocab_parallel_cross_entropy(
+            logits, labels, count=count, class_weights=self.class_weights, **self.settings
+        )
 
 
-class VocabParallelLinearDistillationLoss(_Loss):
+class VocabParallelLinearDistillationLoss(_LabelLoss):
     """`distil_fast.vocab_parallel_linear_distillation_loss` as a module; its keyword arguments but biases, masks and
     counts. It holds no weights: the heads' shards are arguments."""
+
+    def __init__(self, *, class_weights: Tensor | None = None, **settings: Any) -> None:
+        super().__init__(class_weights, **settings)
 
     def forward(
         self,
@@ -408,5 +419,12 @@ class VocabParallelLinearDistillationLoss(_Loss):
             "hard_count": hard_count,
         }
         return parallel.vocab_parallel_linear_distillation_loss(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **per_call, **self.settings
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            class_weights=self.class_weights,
+            **per_call,
+            **self.settings,
         )

@@ -405,11 +405,12 @@ def test_compiled_code_breaks_here_or_says_so(ranks: world.World) -> None:
 
 def test_modules(ranks: world.World) -> None:
     student, teacher = (x.float() for x in pair("plain", 4))
-    labels, widths = some_labels(4), WIDTHS[ranks.size]
+    labels, widths, weights = some_labels(4), WIDTHS[ranks.size], torch.linspace(0.5, 2.0, COLS)
     cases: list[tuple[str, dict[str, Any], tuple[Any, ...], Any]] = [
         ("DistillationLoss", {"temperature": 3.0}, (student, teacher, labels), distil_fast.distillation_loss),
         ("DivergenceLoss", {"divergence": "jsd"}, (student, teacher), distil_fast.divergence_loss),
         ("CrossEntropyLoss", {"label_smoothing": 0.1}, (student, labels), distil_fast.cross_entropy),
+        ("CrossEntropyLoss", {"class_weights": weights}, (student, labels), distil_fast.cross_entropy),
     ]
     for name, settings, args, function in cases:
         expected = function(*args, **settings)

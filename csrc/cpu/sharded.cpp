@@ -7,13 +7,11 @@
 #include <cstring>
 #include <limits>
 
-#include "dispatch.h"
+#include "row_scratch.h"
 #include "threads.h"
 
 namespace distil_fast {
 namespace {
-
-constexpr int64_t block_cols = 2048;
 
 // The walk over rows and blocks, and a block's exponentials: what the three calls share.
 template <class Real>
@@ -58,12 +56,11 @@ class ShardRows {
   // The calling thread's own block; the row's parts, in the first thread's memory, lie before it.
   Block3& own_block() const { return *reinterpret_cast<Block3*>(scratch(scratch_bytes()) + parts_bytes_); }
 
-  int64_t blocks() const { return (c_.cols + block_cols - 1) / block_cols; }
-  int64_t start(int64_t b) const { return b * block_cols; }
-  int64_t size(int64_t b) const { return std::min(block_cols, c_.cols - start(b)); }
-  const char* student(const Place& p, int64_t b) const { return p.student + start(b) * size_; }
+  int64_t blocks() const { return blocks_of(c_.cols); }
+  int64_t size(int64_t b) const { return block_size(c_.cols, b); }
+  const char* student(const Place& p, int64_t b) const { return p.student + block_start(b) * size_; }
   const char* teacher(const Place& p, int64_t b) const {
-    return p.teacher ? p.teacher + start(b) * size_of(c_.teacher.dtype) : nullptr;
+    return p.teacher ? p.teacher + block_start(b) * size_of(c_.teacher.dtype) : nullptr;
   }
 
   Block<Real> exponentiate(const Place& p, int64_t b, double ref_s, double ref_t, Block3& w) const {
@@ -98,8 +95,8 @@ class ShardRows {
     const int64_t next = row + 1 < rows_ ? row + 1 : row;
     const Matrix& other = c_.teacher.data ? c_.teacher : c_.student;
     const int64_t other_size = size_of(other.dtype);
-    return {row_at(c_.student, next, c_.inner) + start(b) * size_,
-            row_at(other, next, c_.inner) + start(b) * other_size, 4 * size_, 4 * other_size};
+    return {row_at(c_.student, next, c_.inner) + block_start(b) * size_,
+            row_at(other, next, c_.inner) + block_start(b) * other_size, 4 * size_, 4 * other_size};
   }
 
   mutable size_t parts_bytes_ = 0;
@@ -255,7 +252,7 @@ class Gradient : ShardRows<Real> {
   void write(const Place& p, int64_t b, const ShardTotals& all) const {
     const Shard& c = this->c_;
     const int s = index(c.student.dtype);
-    const int64_t from = this->start(b), n = this->size(b), label = p.hard ? call_.labels[p.row] - from : -1;
+    const int64_t from = block_start(b), n = this->size(b), label = p.hard ? call_.labels[p.row] - from : -1;
     const double soft = p.teacher ? c.soft_weights[p.row] / p.t : 0.0, hard = p.hard ? c.hard_weights[p.row] : 0.0;
     const double constant = -hard * c.label_smoothing / static_cast<double>(call_.vocabulary);
     Block3& w = this->own_block();
