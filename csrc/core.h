@@ -158,6 +158,67 @@ Fault pair_loss_cpu(const PairLoss& call);
 // probability, whose gradients are below 1.
 inline constexpr double pair_unit = 64.0;
 
+// ---- A vocabulary in shards: of each row one process holds some columns, of both models alike. Three calls, with sums
+// over the processes between them (distil_fast/parallel), come to RowLoss's value and gradient. What depends on values
+// was checked by the caller. Arrays have one entry, or one struct, for each row.
+
+// A row's sums over all processes, or what follows from them. Differences of the logits are relative to the models'
+// distance, which is ref_s - ref_t rounded to Real, 0 where that is not below 1e6 (Block::apart).
+struct ShardTotals {
+  double ref_s, ref_t;   // of the exponentials: the largest logits of all processes
+  double z_s, z_t, z_h;  // sums of exponentials of student and teacher at T, and of the student at 1
+  double rho, centre;    // lse_s - lse_t less the distance, at T; the divergence's centre (divergences.h)
+  double g_sum;          // sum of g
+  double rest;           // sum of the student's exponentials at 1 but for the label's
+  double lse_slope;      // of the hard term in the student's logsumexp, beside the cross-entropy's 1
+};
+
+// A row's sums over one shard, relative to the shard's own largest logits. d: the difference of the logits less the
+// shard's own distance, over T; es: as if the references had exactly that distance, where that is nearly so.
+struct ShardSums {
+  double z_s, z_t, z_h;
+  double gap;      // sum of es - et
+  double tail;     // sum of et (expm1(d) - d), or of es (expm1(-d) + d)
+  double lean;     // sum of et d, or of es d
+  double rest;     // sum of the student's exponentials at 1 but for one largest column's
+  double shifted;  // sum of the student's logits relative to the largest, where labels are smoothed
+};
+
+struct Shard {
+  int64_t outer = 0, inner = 0, cols = 0;
+  Matrix student, teacher;  // teacher.data null: no soft term
+  const double *temperatures = nullptr, *soft_weights = nullptr,
+               *hard_weights = nullptr;  // 0: the term has no such row
+  int32_t divergence = 0;
+  double parameters[2] = {0.0, 0.0};
+  double label_smoothing = 0.0;
+};
+
+struct ShardStatistics {
+  Shard shard;
+  bool of_teacher = true;     // what `tail` and `lean` are of
+  double* maxima = nullptr;   // out, [rows, 2]: student's and teacher's; the lowest finite number where there is none
+  ShardSums* sums = nullptr;  // out
+};
+
+struct ShardDivergence {
+  Shard shard;
+  const ShardTotals* totals = nullptr;
+  double* f_g = nullptr;  // out, [rows, 2]: sums of f and of g over the shard
+};
+
+struct ShardGradient {
+  Shard shard;
+  const ShardTotals* totals = nullptr;
+  const int64_t* labels = nullptr;  // the column of this shard; -1: the label is in another, or there is none
+  int64_t vocabulary = 0;           // columns of all shards
+  Matrix grad;                      // may be the student itself
+};
+
+void shard_statistics_cpu(const ShardStatistics& call);
+void shard_divergence_cpu(const ShardDivergence& call);
+void shard_gradient_cpu(const ShardGradient& call);
+
 // ---- CUDA: present where nvcc was when this was built. Pointers are the device's; `numbers` says the rest, and what is a
 // pointer beside it stands, where it is not null, for the number of its name. A call launches kernels on `stream` of
 // the current device, waits for nothing, and returns null or what kept it from launching.

@@ -145,3 +145,43 @@ def cuda_pair_loss(
     stream: int,
     /,
 ) -> None: ...
+
+# ---- a shard of a vocabulary; rows: addresses of temperatures, soft and hard weights; settings: divergence, its
+# parameters, label smoothing. Sums and totals are rows of so many doubles.
+
+SHARD_SUMS: int
+SHARD_TOTALS: int
+
+def shard_statistics(
+    shape: Shape,
+    student: Matrix,
+    teacher: Matrix | None,
+    rows: tuple[int, int, int],
+    settings: tuple[int, Sequence[float], float],
+    of_teacher: bool,
+    maxima: int,
+    sums: int,
+    /,
+) -> None: ...
+def shard_divergence(
+    shape: Shape,
+    student: Matrix,
+    teacher: Matrix | None,
+    rows: tuple[int, int, int],
+    settings: tuple[int, Sequence[float], float],
+    totals: int,
+    f_g: int,
+    /,
+) -> None: ...
+def shard_gradient(
+    shape: Shape,
+    student: Matrix,
+    teacher: Matrix | None,
+    rows: tuple[int, int, int],
+    settings: tuple[int, Sequence[float], float],
+    totals: int,
+    labels: int,
+    vocabulary: int,
+    grad: Matrix,
+    /,
+) -> None: ...

@@ -1,6 +1,7 @@
 """distil_fast: knowledge-distillation losses in one fused pass, exact, forward and gradient.
 
-`functional` and `hidden` hold the functions, `modules` their nn.Module faces, `reference` the same in plain torch.
+`functional`, `hidden`, `linear` and `parallel` hold the functions, `modules` and its like their nn.Module faces,
+`reference` the same in plain torch.
 """
 
 from distil_fast.functional import (
@@ -14,6 +15,7 @@ from distil_fast.functional import (
 )
 from distil_fast.hidden import attention_loss, hidden_loss, logit_mse, mse_loss
 from distil_fast.linear import linear_cross_entropy, linear_distillation_loss, linear_divergence_loss
+from distil_fast.linear_modules import LinearCrossEntropyLoss, LinearDistillationLoss, LinearDivergenceLoss
 from distil_fast.modules import (
     AttentionLoss,
     CosineLoss,
@@ -22,11 +24,20 @@ from distil_fast.modules import (
     DivergenceLoss,
     HiddenLoss,
     HiddenMSELoss,
-    LinearCrossEntropyLoss,
-    LinearDistillationLoss,
-    LinearDivergenceLoss,
     LogitMSELoss,
     TripleLoss,
+)
+from distil_fast.parallel import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_distillation_loss,
+    vocab_parallel_divergence_loss,
+    vocab_parallel_linear_distillation_loss,
+)
+from distil_fast.parallel_modules import (
+    VocabParallelCrossEntropyLoss,
+    VocabParallelDistillationLoss,
+    VocabParallelDivergenceLoss,
+    VocabParallelLinearDistillationLoss,
 )
 from distil_fast.reference import (
     JSD,
@@ -73,6 +84,10 @@ __all__ = [
     "TotalVariation",
     "TripleLoss",
     "TripleTerms",
+    "VocabParallelCrossEntropyLoss",
+    "VocabParallelDistillationLoss",
+    "VocabParallelDivergenceLoss",
+    "VocabParallelLinearDistillationLoss",
     "attention_loss",
     "cosine_loss",
     "cross_entropy",
@@ -87,4 +102,8 @@ __all__ = [
     "mse_loss",
     "softmax",
     "triple_loss",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_distillation_loss",
+    "vocab_parallel_divergence_loss",
+    "vocab_parallel_linear_distillation_loss",
 ]

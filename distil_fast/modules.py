@@ -2,7 +2,8 @@
 
 There is no state but HiddenLoss' layers and class weights, a buffer as in `torch.nn.CrossEntropyLoss`.
 
-They know nothing that functional.py, hidden.py and linear.py do not, where arguments, formulae and errors stand.
+They know nothing that functional.py and hidden.py do not, where arguments, formulae and errors stand. Next:
+linear_modules.py and parallel_modules.py, the faces of the others.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distil_fast import functional, hidden, linear
+from distil_fast import functional, hidden
 from distil_fast.reference import Divergence, LossTerms, TripleTerms
 from distil_fast.teachers import Teacher
 
 
-class _Loss(nn.Module):
+class LossModule(nn.Module):
     """A function with its settings bound."""
 
     def __init__(self, **settings: Any) -> None:
@@ -28,7 +29,7 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
-class _LabelLoss(_Loss):
+class LabelLossModule(LossModule):
     """A loss with labels, whose classes may have weights; they move and are saved with the module."""
 
     class_weights: Tensor | None
@@ -42,7 +43,7 @@ class _LabelLoss(_Loss):
         return f"{super().extra_repr()}, class_weights={shape}"
 
 
-class DistillationLoss(_LabelLoss):
+class DistillationLoss(LabelLossModule):
     """`distil_fast.distillation_loss` as a module."""
 
     def __init__(
@@ -101,7 +102,7 @@ class DistillationLoss(_LabelLoss):
         return functional.distillation_loss(student_logits, teacher_logits, labels, **given, **self.settings)
 
 
-class DivergenceLoss(_Loss):
+class DivergenceLoss(LossModule):
     """`distil_fast.divergence_loss` as a module."""
 
     def __init__(
@@ -142,7 +143,7 @@ class DivergenceLoss(_Loss):
         return functional.divergence_loss(student_logits, teacher_logits, mask=mask, count=count, **self.settings)
 
 
-class CrossEntropyLoss(_LabelLoss):
+class CrossEntropyLoss(LabelLossModule):
     """`distil_fast.cross_entropy` as a module."""
 
     def __init__(
@@ -174,7 +175,7 @@ class CrossEntropyLoss(_LabelLoss):
         return functional.cross_entropy(logits, labels, count=count, class_weights=self.class_weights, **self.settings)
 
 
-class CosineLoss(_Loss):
+class CosineLoss(LossModule):
     """`distil_fast.cosine_loss` as a module."""
 
     def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
@@ -190,7 +191,7 @@ class CosineLoss(_Loss):
         return functional.cosine_loss(student_hidden, teacher_hidden, mask, count, **self.settings)
 
 
-class HiddenMSELoss(_Loss):
+class HiddenMSELoss(LossModule):
     """`distil_fast.mse_loss` as a module."""
 
     def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
@@ -206,7 +207,7 @@ class HiddenMSELoss(_Loss):
         return hidden.mse_loss(student_hidden, teacher_hidden, mask, count, **self.settings)
 
 
-class LogitMSELoss(_Loss):
+class LogitMSELoss(LossModule):
     """`distil_fast.logit_mse` as a module."""
 
     def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
@@ -222,7 +223,7 @@ class LogitMSELoss(_Loss):
         return hidden.logit_mse(student_logits, teacher_logits, mask, count, **self.settings)
 
 
-class HiddenLoss(_Loss):
+class HiddenLoss(LossModule):
     """`distil_fast.hidden_loss` as a module, which owns the projections where the widths differ.
 
     Args:
@@ -268,7 +269,7 @@ class HiddenLoss(_Loss):
         )
 
 
-class AttentionLoss(_Loss):
+class AttentionLoss(LossModule):
     """`distil_fast.attention_loss` as a module."""
 
     def __init__(
@@ -293,7 +294,7 @@ class AttentionLoss(_Loss):
         )
 
 
-class TripleLoss(_Loss):
+class TripleLoss(LossModule):
     """`distil_fast.triple_loss` as a module."""
 
     def __init__(
@@ -339,168 +340,3 @@ class TripleLoss(_Loss):
             **counts,
             **self.settings,
         )
-
-
-class LinearDistillationLoss(_LabelLoss):
-    """`distil_fast.linear_distillation_loss` as a module."""
-
-    def __init__(
-        self,
-        *,
-        temperature: float = 2.0,
-        soft_weight: float = 1.0,
-        hard_weight: float | None = None,
-        ignore_index: int = -100,
-        divergence: str | Divergence = "forward_kl",
-        t_squared: bool = True,
-        label_smoothing: float = 0.0,
-        class_weights: Tensor | None = None,
-        z_loss: float = 0.0,
-        student_logit_scale: float = 1.0,
-        student_softcap: float | None = None,
-        teacher_logit_scale: float = 1.0,
-        teacher_softcap: float | None = None,
-        vocab_size: int | None = None,
-        reduction: str = "mean",
-        precision: str = "exact",
-        chunk_bytes: int | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            class_weights,
-            temperature=temperature,
-            soft_weight=soft_weight,
-            hard_weight=hard_weight,
-            ignore_index=ignore_index,
-            divergence=divergence,
-            t_squared=t_squared,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            student_logit_scale=student_logit_scale,
-            student_softcap=student_softcap,
-            teacher_logit_scale=teacher_logit_scale,
-            teacher_softcap=teacher_softcap,
-            vocab_size=vocab_size,
-            reduction=reduction,
-            precision=precision,
-            chunk_bytes=chunk_bytes,
-            backend=backend,
-        )
-
-    def forward(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor | Teacher | None,
-        teacher_weight: Tensor | None,
-        labels: Tensor | None = None,
-        *,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        soft_mask: Tensor | None = None,
-        soft_count: float | Tensor | None = None,
-        hard_count: float | Tensor | None = None,
-    ) -> LossTerms:
-        given: dict[str, Any] = {"soft_mask": soft_mask, "soft_count": soft_count, "hard_count": hard_count}
-        given |= {"student_bias": student_bias, "teacher_bias": teacher_bias, "class_weights": self.class_weights}
-        return linear.linear_distillation_loss(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **given, **self.settings
-        )
-
-
-class LinearDivergenceLoss(_Loss):
-    """`distil_fast.linear_divergence_loss` as a module."""
-
-    def __init__(
-        self,
-        *,
-        divergence: str | Divergence = "forward_kl",
-        temperature: float = 1.0,
-        t_squared: bool = False,
-        student_logit_scale: float = 1.0,
-        student_softcap: float | None = None,
-        teacher_logit_scale: float = 1.0,
-        teacher_softcap: float | None = None,
-        vocab_size: int | None = None,
-        reduction: str = "mean",
-        precision: str = "exact",
-        chunk_bytes: int | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            divergence=divergence,
-            temperature=temperature,
-            t_squared=t_squared,
-            student_logit_scale=student_logit_scale,
-            student_softcap=student_softcap,
-            teacher_logit_scale=teacher_logit_scale,
-            teacher_softcap=teacher_softcap,
-            vocab_size=vocab_size,
-            reduction=reduction,
-            precision=precision,
-            chunk_bytes=chunk_bytes,
-            backend=backend,
-        )
-
-    def forward(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor | Teacher,
-        teacher_weight: Tensor | None,
-        *,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        mask: Tensor | None = None,
-        count: float | Tensor | None = None,
-    ) -> Tensor:
-        given: dict[str, Any] = {"student_bias": student_bias, "teacher_bias": teacher_bias, "mask": mask}
-        given["count"] = count
-        return linear.linear_divergence_loss(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, **given, **self.settings
-        )
-
-
-class LinearCrossEntropyLoss(_LabelLoss):
-    """`distil_fast.linear_cross_entropy` as a module."""
-
-    def __init__(
-        self,
-        *,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        class_weights: Tensor | None = None,
-        z_loss: float = 0.0,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        vocab_size: int | None = None,
-        reduction: str = "mean",
-        precision: str = "exact",
-        chunk_bytes: int | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            class_weights,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            vocab_size=vocab_size,
-            reduction=reduction,
-            precision=precision,
-            chunk_bytes=chunk_bytes,
-            backend=backend,
-        )
-
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        *,
-        bias: Tensor | None = None,
-        count: float | Tensor | None = None,
-    ) -> Tensor:
-        given: dict[str, Any] = {"bias": bias, "count": count, "class_weights": self.class_weights}
-        return linear.linear_cross_entropy(hidden, weight, labels, **given, **self.settings)

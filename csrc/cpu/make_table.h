@@ -10,6 +10,7 @@ constexpr Table<typename V::Real> make_table() {
    ...);
   table.rows.weighted_difference = weighted_difference<V>;
   table.topk.total = total<V>;
+  fill_shards<V, T...>(table.shards);
 #define DISTIL_FAST_ROW(name, Functor)                                            \
   table.rows.diverge[static_cast<int>(DivergenceId::name)] = diverge<V, Functor>; \
   table.rows.centred[static_cast<int>(DivergenceId::name)] = Functor::centred;

@@ -16,6 +16,7 @@ namespace {
 #include "sweeps.h"
 #include "prepare.h"
 #include "pair.h"
+#include "sharded.h"
 #include "softmax.h"
 #include "topk.h"
 #include "make_table.h"

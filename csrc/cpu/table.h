@@ -127,6 +127,14 @@ struct TopKSweeps {
   double (*total)(const Real* es, int64_t n);
 };
 
+template <class Real>
+struct ShardSweeps {
+  // gap, tail and lean of a block (ShardSums), those of the student [0] or the teacher [1].
+  void (*sums[2])(const Real* es, const Real* et, const Real* difference, int64_t n, double inverse_t, double to_q,
+                  double pivot, double* out);
+  void (*sum_below[dtypes<Real>])(const void* logits, int64_t n, double top, double* below, double* at_top);
+};
+
 // All that one instruction set offers for one Real.
 template <class Real>
 struct Table {
@@ -134,6 +142,7 @@ struct Table {
   SoftmaxSweeps<dtypes<Real>> softmax;
   PairSweeps<dtypes<Real>> pairs;
   TopKSweeps<Real> topk;
+  ShardSweeps<Real> shards;
   void (*rescale[dtypes<Real>])(void* values, int64_t n, double factor);
 };
 

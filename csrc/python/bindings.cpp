@@ -13,6 +13,7 @@
 #include "../divergences.h"
 #include "arguments.h"
 #include "bindings_cuda.h"
+#include "bindings_shards.h"
 
 namespace py = pybind11;
 using namespace distil_fast;
@@ -145,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("softmax", &softmax);
   m.def("softmax_backward", &softmax_backward);
   m.def("pair_loss", &pair_loss);
+  bind_shards(m);
   m.def("instruction_set", &instruction_set);
   m.def("use_instruction_set", &use_instruction_set);
 #define DISTIL_FAST_NAME(name, Functor) #name,

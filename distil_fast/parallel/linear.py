@@ -1,0 +1,351 @@
+"""Heads whose weights are sharded along the vocabulary: chunks of rows go through the matmuls, the loss, the gradient.
+
+A chunk's logits exist for that chunk alone; its gradient is written over the student's. What of the hidden states'
+gradient the ranks hold is summed once, at the end. It knows no kernel. Next: call.py, which does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distil_fast import checks, ops
+from distil_fast.backends.layout import real_dtype
+from distil_fast.parallel import agreement, conduct
+from distil_fast.parallel.agreement import Place, Ranks
+from distil_fast.parallel.call import Rows, check_vocabulary, rows_of
+from distil_fast.reference import LossTerms
+
+CHUNK_BYTES = {"cpu": 64 << 20}
+CHUNK_BYTES_ELSEWHERE = 1 << 30  # a device's matmuls want a thousand rows
+
+
+class Head(NamedTuple):
+    """A model's hidden states [rows, H] and its shard of the head, [V_r, H] and [V_r]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def logits(self, chunk: slice) -> Tensor:
+        logits = torch.mm(self.hidden[chunk].to(self.weight.dtype), self.weight.t())
+        return logits if self.bias is None else logits.add_(self.bias)
+
+
+class Heads(NamedTuple):
+    """Both models, of the rows that some term uses, in the precision of the sums."""
+
+    student: Head
+    teacher: Head | None
+    chunk: int  # rows
+
+    def chunks(self) -> Iterator[slice]:
+        rows = self.student.hidden.shape[0]
+        return (slice(start, min(start + self.chunk, rows)) for start in range(0, rows, self.chunk))
+
+
+class Gradients(NamedTuple):
+    """Of hidden states (used rows), weight and bias, None where none is wanted; in the precision of the sums."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def wanted(heads: Heads, wants: tuple[bool, bool, bool]) -> Gradients:
+        head, real = heads.student, heads.student.weight.dtype
+        like = [x if want else None for x, want in zip(head, wants, strict=True)]
+        return Gradients(*(x if x is None else torch.zeros_like(x, dtype=real) for x in like))
+
+    def add(self, heads: Heads, chunk: slice, of_logits: Tensor) -> None:
+        head = heads.student
+        if self.hidden is not None:
+            torch.mm(of_logits, head.weight, out=self.hidden[chunk])
+        if self.weight is not None:
+            self.weight.addmm_(of_logits.t(), head.hidden[chunk].to(self.weight.dtype))
+        if self.bias is not None:
+            self.bias.add_(of_logits.sum(0))
+
+
+def _check_head(model: str, hidden: object, weight: object, bias: object) -> None:
+    checks.check_values(f"{model}_hidden", hidden)
+    checks.check_values(f"{model}_weight", weight)
+    assert isinstance(hidden, Tensor)
+    assert isinstance(weight, Tensor)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
+        raise ValueError(
+            f"{model}_weight: expected this rank's rows of the head, [V_r, {hidden.shape[-1]}] with V_r >= 1 beside "
+            f"{model}_hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}."
+        )
+    if bias is not None:
+        checks.check_values(f"{model}_bias", bias)
+        assert isinstance(bias, Tensor)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{model}_bias: expected shape {tuple(weight.shape[:1])}, one entry per row of {model}_weight, got "
+                f"{tuple(bias.shape)}."
+            )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{model}_{name}: expected {model}_hidden's device {hidden.device}, got {tensor.device}. Move it with "
+                f".to({str(hidden.device)!r})."
+            )
+        if (tensor.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            raise TypeError(
+                f"{model}_{name}: expected float64 beside float64 only, got {tensor.dtype} beside {hidden.dtype}."
+            )
+        if model == "teacher" and tensor.requires_grad:
+            raise ValueError(f"teacher_{name} requires grad, and the loss has no gradient for it. Pass it detached.")
+
+
+def _check_teacher(student_hidden: Tensor, student_weight: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    if hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden: expected student_hidden's leading shape {tuple(student_hidden.shape[:-1])}, got "
+            f"{tuple(hidden.shape[:-1])}."
+        )
+    if weight.shape[0] != student_weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight: expected this rank's rows of the head, {student_weight.shape[0]} as student_weight has, "
+            f"got {weight.shape[0]}. Shard both heads alike."
+        )
+    if hidden.device != student_hidden.device:
+        raise ValueError(f"teacher_hidden: expected device {student_hidden.device}, got {hidden.device}.")
+    if (hidden.dtype == torch.float64) != (student_hidden.dtype == torch.float64):
+        raise TypeError(
+            f"teacher_hidden: expected float64 beside float64 only, got {hidden.dtype} beside {student_hidden.dtype}."
+        )
+    if hidden.requires_grad:
+        raise ValueError("teacher_hidden requires grad, and the loss has no gradient for it. Pass it detached.")
+
+
+def _prepare(
+    student: tuple[Any, Any, Any],
+    teacher: tuple[Any, Any, Any] | None,
+    labels: Tensor | None,
+    chunk_bytes: int | None,
+    wants: tuple[bool, bool, bool],
+    backend: str | None,
+    options: dict[str, Any],
+) -> Rows:
+    """All that one rank does by itself before it meets the others."""
+    _check_head("student", *student)
+    if teacher is not None:
+        _check_head("teacher", *teacher)
+        _check_teacher(student[0], student[1], teacher[0], teacher[1])
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes: expected a number of bytes >= 1, or None, got {chunk_bytes!r}.")
+    kinds = [None if x is None else (x.dtype, x.shape[1:]) for head in (student, teacher or ()) for x in head]
+    alike = kinds, student[0].shape[-1], student[0].device.type, chunk_bytes, wants
+    hidden = student[0].detach()
+    return rows_of(hidden, student[1].shape[0], alike, labels, backend, teacher is not None, **options)
+
+
+def _heads(rows: Rows, used: Tensor | None, place: Place, chunk_bytes: int | None, student: Any, teacher: Any) -> Heads:
+    """Detached, unused rows gathered out, weights in the precision of the sums."""
+    real = real_dtype(student[0])
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        bias = bias if bias is None else bias.detach().to(real)
+        return Head(flat if used is None else flat[used], weight.detach().to(real), bias)
+
+    budget = chunk_bytes or CHUNK_BYTES.get(student[0].device.type, CHUNK_BYTES_ELSEWHERE)
+    row_bytes = place.widest * real.itemsize * (1 if teacher is None else 2)
+    return Heads(head(*student), teacher and head(*teacher), max(1, budget // row_bytes))
+
+
+class Call(NamedTuple):
+    """What forward and backward share; `rows` are those that some term uses, `used` their places among all."""
+
+    ranks: Ranks
+    place: Place
+    rows: Rows
+    used: Tensor | None
+    leading: torch.Size
+    chunk_bytes: int | None
+
+
+def _used_rows(rows: Rows) -> tuple[Rows, Tensor | None]:
+    """The rows that some term uses, and where they are; None: everywhere."""
+    used = (rows.soft_shares != 0) | (rows.hard_shares != 0)
+    if used.all():
+        return rows, None
+    places = used.nonzero().squeeze(-1)
+    labels = None if rows.labels is None else rows.labels[places]
+    shares = rows.soft_shares[places], rows.hard_shares[places]
+    return rows._replace(
+        labels=labels, temperatures=rows.temperatures[places], soft_shares=shares[0], hard_shares=shares[1]
+    ), places
+
+
+def _chunk_rows(rows: Rows, chunk: slice) -> Rows:
+    return rows._replace(
+        labels=None if rows.labels is None else rows.labels[chunk],
+        temperatures=rows.temperatures[chunk],
+        soft_shares=rows.soft_shares[chunk],
+        hard_shares=rows.hard_shares[chunk],
+    )
+
+
+def _forward(call: Call, heads: Heads, gradients: Gradients | None) -> conduct.Measured:
+    """Every used row's values, chunk after chunk, and what the gradients come to."""
+    parts = []
+    for chunk in heads.chunks():
+        rows = _chunk_rows(call.rows, chunk)
+        count = chunk.stop - chunk.start
+        try:
+            logits = heads.student.logits(chunk)
+            shard = rows.shard(logits, heads.teacher and heads.teacher.logits(chunk))
+            own = conduct.statistics(shard)
+        except Exception as error:
+            nothing = torch.zeros(count, 2, dtype=torch.float64, device=heads.student.hidden.device)
+            agreement.give_up(call.ranks, error, nothing)
+        largest = agreement.largest(call.ranks, own[0])
+        found = conduct.measure(call.ranks, call.place, shard, rows.labels, own, largest)
+        parts.append(found)
+        if gradients is not None:
+            conduct.gradient(call.place, shard, found, logits)
+            gradients.add(heads, chunk, logits)
+    return _joined(parts, call.rows)
+
+
+def _joined(parts: list[conduct.Measured], rows: Rows) -> conduct.Measured:
+    if not parts:
+        nothing = rows.temperatures.new_zeros(0)
+        return conduct.Measured(nothing, nothing, nothing, None)
+    soft, hard, totals, labels = zip(*parts, strict=True)
+    return conduct.Measured(
+        torch.cat(soft), torch.cat(hard), torch.cat(totals), None if labels[0] is None else torch.cat(labels)
+    )
+
+
+def _backward(call: Call, heads: Heads, found: conduct.Measured, upstream: Tensor, gradients: Gradients) -> None:
+    """The gradients of rows with upstream gradients of their own: the logits are made again."""
+    for chunk in heads.chunks():
+        logits = heads.student.logits(chunk)
+        teacher = heads.teacher and heads.teacher.logits(chunk)
+        shard = _chunk_rows(call.rows, chunk).shard(logits, teacher, upstream[chunk])
+        labels = None if found.labels is None else found.labels[chunk]
+        part = conduct.Measured(found.soft[chunk], found.hard[chunk], found.totals[chunk], labels)
+        conduct.gradient(call.place, shard, part, logits)
+        gradients.add(heads, chunk, logits)
+
+
+def _spread(values: Tensor, used: Tensor | None, rows: int) -> Tensor:
+    """Values of used rows in their places, zeros elsewhere."""
+    if used is None:
+        return values
+    return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, used, values)
+
+
+def loss(
+    group: dist.ProcessGroup | None,
+    student: tuple[Any, Any, Any],
+    teacher: tuple[Any, Any, Any] | None,
+    labels: Tensor | None,
+    *,
+    chunk_bytes: int | None,
+    backend: str | None,
+    **options: Any,
+) -> LossTerms:
+    """A loss over hidden states and sharded heads, (hidden, weight, bias) of each model."""
+    ranks = agreement.ranks_of(group)
+    recording = torch.is_grad_enabled()
+    wants = tuple(recording and isinstance(x, Tensor) and x.requires_grad for x in student)
+    kind = student[0].device.type if isinstance(student[0], Tensor) else "cpu"
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        try:
+            all_rows = _prepare(student, teacher, labels, chunk_bytes, wants, backend, options)  # type: ignore[arg-type]
+        except Exception as error:
+            device = student[0].device if isinstance(student[0], Tensor) else torch.device("cpu")
+            agreement.withdraw(ranks, error, 0, device)
+        nothing = torch.empty(0, 2, dtype=torch.float64, device=student[0].device)
+        place, _ = agreement.agree(ranks, all_rows.facts, student[1].shape[0], nothing)
+        check_vocabulary(all_rows, place, options["class_weights"])
+        rows, used = _used_rows(all_rows)
+        leading = student[0].shape[:-1]
+        call = Call(ranks, place, rows, used, leading, chunk_bytes)
+        heads = _heads(rows, used, place, chunk_bytes, student, teacher)
+        stored = any(wants) and rows.settings.reduction != "none"
+        gradients = Gradients.wanted(heads, wants) if stored else None  # type: ignore[arg-type]
+        found = _forward(call, heads, gradients)
+        if gradients is not None and gradients.hidden is not None:
+            agreement.total(ranks, gradients.hidden)
+        everywhere = found._replace(
+            soft=_spread(found.soft, used, leading.numel()), hard=_spread(found.hard, used, leading.numel())
+        )
+        terms = all_rows.reduce(everywhere, leading, real_dtype(student[0]))
+    if not any(wants):
+        return terms
+    if stored:
+        return LossTerms(_Stored.apply(*student, terms.loss, call, gradients), *terms[1:])
+    return LossTerms(_Recomputed.apply(*student, teacher, terms.loss, call, found), *terms[1:])
+
+
+def _as_given(gradients: Gradients, call: Call, given: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """In the dtypes and shapes of hidden states, weight and bias."""
+    hidden, weight, bias = gradients
+    if hidden is not None:
+        shape, dtype = given[0]
+        hidden = _spread(hidden.to(dtype), call.used, call.leading.numel()).view(shape)
+    weight = weight if weight is None else weight.to(given[1][1])
+    return hidden, weight, bias if bias is None else bias.to(given[2][1])
+
+
+def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    return tuple(None if x is None else (x.shape, x.dtype) for x in tensors)
+
+
+class _Stored(torch.autograd.Function):
+    """Gradients in forward, applied in backward: for a loss reduced to one number."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        hidden, weight, bias, value, ctx.call, ctx.gradients = args
+        ctx.given = _kinds((hidden, weight, bias))
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(ops._USED_UP)
+        with torch.no_grad():
+            scaled = Gradients(*(x if x is None else x.mul_(grads[0].to(x.dtype)) for x in gradients))
+            final = _as_given(scaled, ctx.call, ctx.given)
+        return *(x if x is None else ops._final(x) for x in final), None, None, None
+
+
+class _Recomputed(torch.autograd.Function):
+    """Gradients in backward, from logits that are made again: for upstream gradients per row."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        hidden, weight, bias, teacher, value, ctx.call, ctx.found = args
+        ctx.given = _kinds((hidden, weight, bias))
+        ctx.has_teacher = teacher is not None
+        ops._keep(ctx, hidden, weight, bias, *(teacher or ()))
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        kept, call = ops._kept(ctx), ctx.call
+        with torch.no_grad(), torch.autocast(kept[0].device.type, enabled=False):
+            teacher = tuple(kept[3:]) if ctx.has_teacher else None
+            heads = _heads(call.rows, call.used, call.place, call.chunk_bytes, tuple(kept[:3]), teacher)
+            upstream = grads[0].double().flatten()
+            upstream = upstream if call.used is None else upstream[call.used]
+            gradients = Gradients.wanted(heads, ctx.needs_input_grad[:3])
+            _backward(call, heads, ctx.found, upstream, gradients)
+            if gradients.hidden is not None:
+                agreement.total(call.ranks, gradients.hidden)
+            final = _as_given(gradients, call, ctx.given)
+        return *(x if x is None else ops._final(x) for x in final), None, None, None, None
