@@ -27,8 +27,8 @@ SHAPES: dict[float, Shape] = {
 VECTORS = Shape(1024, 16)  # of the kernels of one program, which walk through vectors of one entry a row
 
 # Of the row kernel's threads, and of entries_kernel's (KL: 98 without). Without this bound ptxas takes up to 112, for
-# which there is no need, and once it stopped at 80 by itself, with spills. The other kernels stay below it anyway. AMD's
-# compiler has no such bound.
+# which there is no need, and once it stopped at 80 by itself, with spills. The other kernels stay below it anyway.
+# AMD's compiler has no such bound.
 ROW_REGISTERS = 80
 
 
