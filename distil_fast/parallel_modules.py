@@ -1,6 +1,7 @@
 """The vocabulary-parallel losses as nn.Modules: settings in the constructor, tensors in forward.
 
-Class weights are a buffer. They know nothing that parallel does not, where arguments, formulae and errors stand. Next: modules.py, the others.
+Class weights are a buffer. They know nothing that parallel does not, where arguments, formulae and errors stand. Next:
+modules.py, the others.
 """
 
 from __future__ import annotations
