@@ -165,6 +165,22 @@ def test_the_other_losses_and_the_modules_take_it() -> None:
     assert torch.equal(distil_fast.DistillationLoss()(student, teacher, labels).loss, both)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_in_place_through_autograd(tail: str) -> None:
+    """The gradient takes the logits' memory, and an op that needs the logits notices."""
+    student, teacher, labels = labelled(torch.float32, tail)
+    leaf, apart = student.clone().requires_grad_(), student.clone().requires_grad_()
+    distil_fast.distillation_loss(apart, teacher, labels).loss.backward()
+    distil_fast.distillation_loss(leaf, teacher, labels, inplace=True).loss.backward()
+    assert leaf.grad is not None
+    assert apart.grad is not None
+    assert leaf.grad.data_ptr() == leaf.data_ptr()
+    assert torch.equal(leaf.grad, apart.grad)
+    through = torch.tanh(student.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        distil_fast.distillation_loss(through, teacher, labels, inplace=True).loss.backward()
+
+
 def test_leading_dimensions_are_rows() -> None:
     student, teacher, labels = labelled(torch.float32)
     cube = TopK(teacher.ids.view(2, 3, 5), teacher.log_probs.view(2, 3, 5))

@@ -1,6 +1,6 @@
 // shares.h: each row's share in a term: what mask, denominator and reduction come to, in one number per row.
 // The one home of these conventions on the CPU: a row whose share is 0 is not used, and never read.
-// Knows nothing of logits. Next: row_loss.cpp.
+// Knows nothing of logits. Next: row_call.h.
 #pragma once
 
 #include <cmath>
