@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distil_fast.kernels.maths import LOG2E, LOWEST, times
+from distil_fast.kernels.maths import LOG2E, LOWEST, exp, times
 from distil_fast.kernels.order import load_ids
 from distil_fast.kernels.prologue import scalar, weighted
 from distil_fast.kernels.rows import cross_entropy, hard_gradient
@@ -84,6 +84,35 @@ def outside_sums(
     top, all_z = merge(m, z, edge_m, edge_z, k)
     mean = (tl.sum(total, axis=0) + tl.sum(edge_total, axis=0)) / cols
     return top, all_z, merge_rest(rest, m, edge_rest, edge_m, top), mean, anchor
+
+
+@triton.jit
+def all_sums(
+    student, cols, ordered, entries, labels, row, weight, temperature, how, HARD: tl.constexpr, FORM: tl.constexpr,
+    VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums outside, and with the entries' exponentials the hard term: the largest logit outside, the sum at T, the
+    largest of all, the hard term's value, and what its gradient needs."""
+    column, valid, s = entries
+    k = (1.0 / temperature) * LOG2E
+    label = tl.full((), -1, tl.int32)
+    kind = tl.full((), SAME, tl.int32)
+    if HARD:
+        if weight != 0.0:
+            label = tl.load(labels + row).to(tl.int32)
+            kind = tl.where(temperature == 1.0, SAME, tl.where(temperature == 2.0, SQUARE, OWN))
+        label_logit = load_logit(student, tl.maximum(label, 0), FORM)
+    top, z, rest, mean, anchor = outside_sums(student, cols, ordered, column, label, k, kind, HARD, FORM, VEC, BLOCK)
+    ref = tl.maximum(top, tl.max(tl.where(valid, s, LOWEST), axis=0))
+    if HARD:
+        others = tl.where(valid & (column != label), exp(s - ref), 0.0)
+        rest = rest * exp(top - ref) + tl.sum(others, axis=0)
+        entropy, own, pull = cross_entropy(label_logit, ref, rest, mean + (anchor - ref), how[0], how[1])
+        value = tl.where(weight == 0.0, 0.0, entropy)
+        terms = (label, tl.full((), SAME, tl.int32), rest, own, pull, cols)
+    else:
+        value, terms = tl.full((), 0.0, tl.float32), ()
+    return top, z, ref, value, terms
 
 
 @triton.jit
@@ -238,23 +267,10 @@ def topk_kernel(
         top, z_out, ref = zero, zero, zero
         hard_terms = ()
         if HARD or TAIL != RENORMALISE:
-            label = tl.full((), -1, tl.int32)
-            kind = tl.full((), SAME, tl.int32)
-            if HARD:
-                if hard_weight_ != 0.0:
-                    label = tl.load(labels + row).to(tl.int32)
-                    kind = tl.where(temperature == 1.0, SAME, tl.where(temperature == 2.0, SQUARE, OWN))
-                label_logit = load_logit(pair, tl.maximum(label, 0), FORM)
-            top, z_out, rest, mean, anchor = outside_sums(
-                pair, cols, ordered + row * (K + 1), column, label, inverse_t * LOG2E, kind, HARD, FORM, VEC, BLOCK
-            )
-            if HARD:
-                ref = tl.maximum(top, tl.max(tl.where(valid, s, LOWEST), axis=0))
-                others = tl.where(valid & (column != label), tl.exp2((s - ref) * LOG2E), 0.0)
-                rest = rest * tl.exp2((top - ref) * LOG2E) + tl.sum(others, axis=0)
-                value, own, pull = cross_entropy(label_logit, ref, rest, mean + (anchor - ref), how[0], how[1])
-                hard_value = tl.where(hard_weight_ == 0.0, 0.0, value)
-                hard_terms = (label, tl.full((), SAME, tl.int32), rest, own, pull, cols)
+            top, z_out, ref, hard_value, hard_terms = all_sums(
+                pair, cols, ordered + row * (K + 1), (column, valid, s), labels, row, hard_weight_, temperature, how,
+                HARD, FORM, VEC, BLOCK,
+            )  # fmt: skip
         soft_value, of_entries, of_tail = soft_term(
             s, log_p, valid, (top, z_out), inverse_t, parameters, scalar(shift), DIVERGENCE, CENTRED, TAIL
         )

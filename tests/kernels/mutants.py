@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "JSD's beta swapped",
         "divergences",
-        "tl.where(q_larger, parameter, other)",
-        "tl.where(q_larger, other, parameter)",
+        "tl.where(q_larger, first, other)",
+        "tl.where(q_larger, other, first)",
     ),
     Mutant("TwoSum dropped", "maths", "tl.where(lost == lost, lost, 0.0)", "0.0"),
     Mutant("T dropped from the sums", "rows", "k = (1.0 / temperature) * LOG2E", "k = LOG2E"),
@@ -68,10 +68,10 @@ MUTANTS = [
     Mutant(
         "1 - p by subtraction",
         "rows",
-        "weight * (smoothing - rest / z)",
-        "weight * (smoothing + ((z - rest) / z - 1.0))",
+        "weight * (how[0] - (rest - pull * own) / z)",
+        "weight * (how[0] + (own * (1.0 + pull) / z - 1.0))",
     ),
-    Mutant("smoothing dropped from the gradient", "rows", "-weight * smoothing / cols", "0.0 * weight"),
+    Mutant("smoothing dropped from the gradient", "rows", "- weight * how[0] / cols", ""),
     Mutant("square taken for the exponential", "sums", "tl.where(kind == SQUARE, e * e, e)", "e"),
     Mutant("maxima not merged", "sums", "z * tl.exp2((m - top) * k) + tl.sum(tl.exp2", "z + tl.sum(tl.exp2"),
     Mutant(
@@ -98,8 +98,8 @@ MUTANTS = [
     Mutant(
         "a term's denominator swapped",
         "prologue",
-        "hard_share = tl.where(given, hard_scale, 0.0)",
-        "hard_share = tl.where(given, soft_scale, 0.0)",
+        "hard_share = weight * hard_scale",
+        "hard_share = weight * soft_scale",
     ),
     Mutant("a given count ignored", "prologue", "given = tl.where(given < 0.0, counted, given)", "given = counted"),
     Mutant("fp16 unit not applied", "rows", "scale = 1.0 / tl.load(unit)", "scale = 1.0"),
@@ -123,19 +123,96 @@ MUTANTS = [
     Mutant(
         "unused rows' gradient not written",
         "rows",
-        "    elif grad is not None:\n        write_zeros",
-        "    elif rows < 0:\n        write_zeros",
+        "    elif grad is not None:\n        write_zeros(grad, row_start",
+        "    elif rows < 0:\n        write_zeros(grad, row_start",
         "conventions",
     ),
     Mutant(
         "the teacher of unused rows read",
         "rows",
-        "inside & used, VEC, ALIGNED_T)",
-        "inside, VEC, ALIGNED_T)\n        t = t + 0.0 * t",
+        "inside & used, FORM_T, VEC, ALIGNED_T)",
+        "inside, FORM_T, VEC, ALIGNED_T)\n        t = t + 0.0 * t",
         "conventions",
     ),
     Mutant(
         "0 times infinity", "maths", "tl.where(weight == 0.0, 0.0, weight * factor)", "weight * factor", "conventions"
+    ),
+    Mutant(
+        "mixture: alpha swapped",
+        "divergences",
+        "weight + other * ratio, 1.0 + excess",
+        "other + weight * ratio, 1.0 + excess",
+    ),
+    Mutant("skewed: 1 - alpha once", "divergences", "times(other * other * gap", "times(other * gap"),
+    Mutant(
+        "alpha-beta: exponents swapped",
+        "divergences",
+        "tl.where(r > 0.0, first, second), tl.where(r > 0.0, second, first)",
+        "tl.where(r > 0.0, second, first), tl.where(r > 0.0, first, second)",
+    ),
+    Mutant("Hellinger by subtraction", "divergences", "less = expm1(h)", "less = exp(h) - 1.0"),
+    Mutant(
+        "z-loss dropped from the gradient", "rows", "times(z_loss, 2.0 * lse)", "times(z_loss, 0.0 * lse)", "options"
+    ),
+    Mutant(
+        "class weights not counted",
+        "prologue",
+        "labelled += weight",
+        "labelled += tl.where(weight != 0.0, 1.0, 0.0)",
+        "options",
+    ),
+    Mutant(
+        "the cap's slope by subtraction",
+        "transforms",
+        "y = 4.0 * factor * cap * e / ((1.0 + e) * (1.0 + e))",
+        "t = tanh(factor * x)\n        y = factor * cap * (1.0 - t * t)",
+        "options",
+    ),
+    Mutant(
+        "tanh by subtraction", "transforms", "e = expm1(-2.0 * tl.abs(x))", "e = exp(-2.0 * tl.abs(x)) - 1.0", "options"
+    ),
+    Mutant(
+        "log-probabilities not multiplied by T", "rows", "of_t = temperature", "of_t = t_factor * 0.0 + 1.0", "options"
+    ),
+    Mutant(
+        "probabilities above 1 pass",
+        "faults",
+        "return ~(mass <= 1.0 + rounding_of(teacher))",
+        "return mass != mass",
+        "options",
+    ),
+    Mutant(
+        "top-k: a tail without its last digits",
+        "topk",
+        "top, z_out = outside",
+        "top, z_out = outside\n    z_out = (z_out + 1e4) - 1e4",
+        "topk",
+    ),
+    Mutant("top-k: entries not left out", "topk", "ordered += 1\n", "ordered += 2\n", "topk"),
+    Mutant(
+        "top-k: an entry in the last group not left out", "topk", "entries > 0, float", "entries > 1, float", "topk"
+    ),
+    Mutant(
+        "top-k: ignored tail keeps the shift",
+        "topk",
+        "value -= shift * (q_ids - p_sum).to(tl.float32)",
+        "value -= 0.0 * shift",
+        "topk",
+    ),
+    Mutant(
+        "top-k: entries' gradient not written",
+        "topk",
+        "x.to(grad.dtype.element_ty), mask=valid)",
+        "x.to(grad.dtype.element_ty), mask=valid & (column < 0))",
+        "topk",
+    ),
+    Mutant("top-k: duplicates pass", "order", "(valid & (same > 0))", "(valid & (same > 99))", "topk"),
+    Mutant(
+        "top-k: r in float",
+        "topk",
+        "(s - ref).to(tl.float64) * inverse_t.to(tl.float64)\n    e =",
+        "((s - ref) * inverse_t - log_p.to(tl.float32)).to(tl.float64) + log_p\n    e =",
+        "topk",
     ),
     Mutant("softmax: projection dropped", "softmax", "y * (u - total) * inverse_t", "y * u * inverse_t", "softmax"),
     Mutant(

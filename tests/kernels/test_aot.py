@@ -227,9 +227,9 @@ def keys(rows: int, cols: int, numbers: tuple[float, ...], settings: RowSettings
 
 
 def test_nothing_is_compiled_again_for_other_numbers() -> None:
-    """Another temperature, weight, count, smoothing, parameter, z-loss, cap, scale, ignore_index, k, number
-    of rows, or length of rows that have the same launch shape: also 1, and multiples of 16, which Triton specialises
-    unless told not to."""
+    """Another temperature, weight, count, smoothing, parameter, z-loss, cap, scale, ignore_index, k, number of rows, or
+    length of rows that have the same launch shape: also 1, and multiples of 16, which Triton specialises unless told
+    not to."""
     settings = RowSettings(-100, "alpha_beta", (0.5, 0.2), True, 0.1, 0.0, "logits", (1.0, 30.0, 2.0, 0.0))
     others = (
         settings._replace(ignore_index=1, parameters=(1.0, 16.0), label_smoothing=0.0, z_loss=1.0),
