@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
         "reference_topk",
         "teachers",
     },
-    "parallel": {"backends", "checks", "ops", "options", "reference", "reference_pairs"},
+    "parallel": {"backends", "checks", "ops", "options", "products", "reference", "reference_pairs"},
     "modules": {"functional", "hidden", "linear", "parallel", "reference", "teachers"},
     "distil_fast": {"functional", "hidden", "linear", "modules", "parallel", "reference", "teachers"},
     "training": PUBLIC,
