@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import distil_fast
-from distil_fast import JSD, reference
+from distil_fast import LogProbs, Probs, TopK, reference
+from distil_fast.reference_topk import topk_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT, LONG = (1, 7, 1003), (30522, 151936)
@@ -35,7 +36,7 @@ def calls(device: str, dtype: torch.dtype, cols: int) -> Iterator[tuple[str, Ten
     """What was asked for, and the gradients or outputs of kernel and reference."""
     student, teacher, labels = rows(device, dtype, cols)
     temperatures = torch.tensor([1.0, 2.0, 3.7], device=device)
-    for divergence in ("forward_kl", "reverse_kl", JSD(0.3)):
+    for divergence in reference.DIVERGENCES:
         for reduction in ("mean", "none"):
 
             def loss(functions: object, s: Tensor, how: str = reduction, by: object = divergence) -> Tensor:
@@ -45,6 +46,7 @@ def calls(device: str, dtype: torch.dtype, cols: int) -> Iterator[tuple[str, Ten
                 return found.loss.sum()
 
             yield f"{divergence} {reduction}", gradient(loss, distil_fast, student), gradient(loss, reference, student)
+    yield from options(student, teacher, labels)
     for name in ("softmax", "log_softmax"):
 
         def squares(functions: object, s: Tensor, which: str = name) -> Tensor:
@@ -70,6 +72,43 @@ def calls(device: str, dtype: torch.dtype, cols: int) -> Iterator[tuple[str, Ten
         return 0.25 * functions.logit_mse(s, teacher, labels >= 0)  # type: ignore[attr-defined]
 
     yield "logit mse", gradient(logits, distil_fast, student), gradient(logits, reference, student)
+
+
+def options(student: Tensor, teacher: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The row loss with what not every call has: transforms, forms of teacher, the hard term's options, the top k."""
+    cols = student.shape[-1]
+    capped = {"student_softcap": 5.0, "teacher_softcap": 7.0, "student_logit_scale": 0.7, "z_loss": 1e-3}
+    weighted = {"class_weights": torch.linspace(0.5, 2.0, cols, device=student.device)}
+    log_probs = (teacher.float() / 2.0).log_softmax(-1) - 0.01
+    forms = (("logits", teacher), ("log_probs", LogProbs(log_probs)), ("probs", Probs(log_probs.exp())))
+    for settings in (capped, weighted):
+        for form, given in forms:
+            if form != "logits":
+                settings = {name: value for name, value in settings.items() if not name.startswith("teacher")}
+
+            def loss(s: Tensor, by: object = given, how: dict[str, object] = settings) -> Tensor:
+                return distil_fast.distillation_loss(s, by, labels, **how).loss  # type: ignore[arg-type]
+
+            def exact(s: Tensor, by: object = given, how: dict[str, object] = settings, form: str = form) -> Tensor:
+                values = getattr(by, form, by)
+                return reference.distillation_loss(s, values, labels, teacher_form=form, **how).loss
+
+            yield f"{form} {list(settings)}", of(loss, student), of(exact, student)
+    for tail in ("bucket", "renormalise", "ignore"):
+        top = TopK.from_logits(teacher, min(40, cols), 2.0, tail)
+
+        def few(s: Tensor, top: TopK = top) -> Tensor:
+            return distil_fast.distillation_loss(s, top, labels).loss
+
+        def exactly(s: Tensor, top: TopK = top) -> Tensor:
+            return topk_loss(s, top.ids, top.log_probs, labels, tail=top.tail).loss
+
+        yield f"top-k {tail}", of(few, student), of(exactly, student)
+
+
+def of(loss: object, student: Tensor) -> Tensor:
+    """The gradient of a function of the student alone."""
+    return gradient(lambda _, s: loss(s), None, student)  # type: ignore[operator]
 
 
 def gradient(loss: object, functions: object, student: Tensor) -> Tensor:

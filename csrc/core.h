@@ -236,6 +236,14 @@ struct CudaRowLoss {
 int64_t row_workspace_cuda(int64_t rows);
 const char* row_loss_cuda(const CudaRowLoss& call);
 
+// Its log-probabilities are float32. A row at fault here stops nothing either.
+struct CudaTopKLoss {
+  CudaRowLoss rows;
+  TopKLoss teacher;  // whose `row` is not used
+};
+
+const char* topk_loss_cuda(const CudaTopKLoss& call);
+
 // grad *= grad_output * unit, both of them on the device; where the product is 1, grad is not touched.
 struct CudaRescale {
   Rescale numbers;

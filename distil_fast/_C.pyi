@@ -106,6 +106,7 @@ def cuda_row_loss(
     fault: int,
     workspace: int,
     stream: int,
+    topk: TopK | None,
     /,
 ) -> None: ...
 def cuda_rescale(shape: Shape, grad: Matrix, grad_output: int, unit: int, stream: int, /) -> None: ...

@@ -61,9 +61,10 @@ def check_pair(name: str, student: Tensor, teacher: object, vocab_size: int | No
 def _shape_remedy(name: str, student: Tensor, teacher: Tensor) -> str:
     if name != "logits" or teacher.shape[:-1] != student.shape[:-1]:
         return ""
+    shared = min(student.shape[-1], teacher.shape[-1])
     return (
-        " If one vocabulary is padded, pass vocab_size, the number of columns that both share "
-        f"(at most {min(student.shape[-1], teacher.shape[-1])}): both are cut there and normalised anew."
+        f" If one vocabulary is padded, cut both to the columns that they share, at most {shared}: with vocab_size "
+        f"where the loss has it, or by logits[..., :{shared}]."
     )
 
 

@@ -26,9 +26,13 @@ SHAPES: dict[float, Shape] = {
 
 VECTORS = Shape(1024, 16)  # of the kernels of one program, which walk through vectors of one entry a row
 
-# Of the row kernel's threads, and of entries_kernel's (KL: 98 without). Without this bound ptxas takes up to 112, for
-# which there is no need, and once it stopped at 80 by itself, with spills. The other kernels stay below it anyway. AMD's compiler has no such bound.
+# Of the threads of the row kernel, of entries_kernel (KL: 98 without) and of the kernels of one program. Without this
+# bound ptxas takes up to 112, for which there is no need, or stops by itself, with spills: of the row kernel once at
+# 80, of the prologue at 64. The other kernels stay below it anyway. AMD's compiler has no such bound.
 ROW_REGISTERS = 80
+# Where 80 would spill: two blocks of 256 threads on a multiprocessor. Divergences that take mixtures or powers, and
+# logits that are made from others (transforms.py).
+MORE_ROW_REGISTERS = 128
 
 
 def options_for_rows(cols: int, wave: int) -> dict[str, int]:
@@ -38,16 +42,34 @@ def options_for_rows(cols: int, wave: int) -> dict[str, int]:
 
 def options_for_vectors(wave: int) -> dict[str, int]:
     """The same for the kernels of one program."""
-    return _options(VECTORS, wave)
+    return _options(VECTORS, wave) | register_bound(wave)
 
 
 def _options(shape: Shape, wave: int) -> dict[str, int]:
     return {"BLOCK": shape.block, "num_warps": shape.warps * 32 // wave}
 
 
-def register_bound(wave: int) -> dict[str, int]:
-    """What the row kernel and entries_kernel are launched with besides."""
-    return {"maxnreg": ROW_REGISTERS} if wave == 32 else {}
+def options_for_order(k: int, wave: int) -> dict[str, int]:
+    """What the kernel of a top-k teacher's columns is launched with: a thread compares two with CHUNK others."""
+    padded = _padded(k)
+    return {"K": padded, "CHUNK": 16, "num_warps": max(1, padded // 2 // wave)}
+
+
+def options_for_topk(cols: int, k: int, wave: int) -> dict[str, int]:
+    """The same for its rows, where a thread has at most four entries."""
+    shape = next(shape for limit, shape in SHAPES.items() if cols <= limit)
+    warps = max(shape.warps, _padded(k) // 4 // 32)
+    return {"K": _padded(k)} | _options(Shape(256 * warps, warps), wave)
+
+
+def _padded(k: int) -> int:
+    """A power of two, that nothing be compiled again for most other k."""
+    return max(16, 1 << (k - 1).bit_length())
+
+
+def register_bound(wave: int, more: bool = False) -> dict[str, int]:
+    """`more`: for a variant of the row kernel that 80 would not do for."""
+    return {"maxnreg": MORE_ROW_REGISTERS if more else ROW_REGISTERS} if wave == 32 else {}
 
 
 def group_of(*itemsizes: int) -> int:

@@ -15,6 +15,11 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def expm1_tail(x):
     """expm1(x) - x for |x| <= 1/2; its error relative to expm1(x) is 1.2e-7."""
     x2 = x * x

@@ -2,8 +2,8 @@
 
 One program, two readings of the vectors, before any logit is read. The conventions are those of csrc/cpu/shares.h and
 of RowLossCall::weigh in csrc/cpu/row_loss.cpp: a row whose share is 0 is not used, and never read. A row at fault (a
-label outside [0, V), a token weight that is negative or not finite, a temperature that is no number > 0) weighs 0 and
-has a share of nan: nothing of it is read, its loss is nan, its gradient 0. Next: rows.py.
+label outside [0, V), a token's or class's weight that is negative or not finite, a temperature that is no number > 0)
+weighs 0 and has a share of nan: nothing of it is read, its loss is nan, its gradient 0. Next: rows.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# FaultKind of csrc/core.h
-LABEL = tl.constexpr(1)
-MASK = tl.constexpr(2)
-TEMPERATURE = tl.constexpr(3)
+from distil_fast.kernels.faults import CLASS_WEIGHT, LABEL, MASK, TEMPERATURE
 
 
 @triton.jit
@@ -58,24 +55,25 @@ def unit_of(largest):
 
 
 @triton.jit
-def load_mask(mask, row, inside):
-    """(token weight, whether it is one); a weight that is none counts nothing."""
+def load_weight(weights, place, inside):
+    """(weight, whether it is one), 1 where there are no weights; one that is none counts nothing."""
     weight = tl.where(inside, 1.0, 0.0)
     valid = inside
-    if mask is not None:
-        weight = tl.load(mask + row, mask=inside, other=0).to(tl.float32)
+    if weights is not None:
+        weight = tl.load(weights + place, mask=inside, other=0).to(tl.float32)
         valid = inside & (weight >= 0.0) & (weight < float("inf"))
         weight = tl.where(valid, weight, 0.0)
     return weight, valid
 
 
 @triton.jit
-def load_label(labels, row, inside, ignore_index, cols):
-    """(whether the row has a label, whether it is at fault)"""
+def load_label(labels, class_weights, row, inside, ignore_index, cols):
+    """(what the row counts in the hard term, its label, whether that is at fault, whether its class's weight is)"""
     label = tl.load(labels + row, mask=inside, other=0).to(tl.int64)
     given = inside & (label != ignore_index)
     bad = given & ((label < 0) | (label >= cols))
-    return given & ~bad, bad
+    weight, valid = load_weight(class_weights, label, given & ~bad)
+    return weight, label, bad, given & ~bad & ~valid
 
 
 @triton.jit
@@ -105,8 +103,12 @@ def soft_part(share, temperature, row, inside, PER_ROW: tl.constexpr, T_SQUARED:
 
 
 @triton.jit
-def record_fault(fault, mask, labels, temperature, bad_mask, bad_label, bad_temperature, rows, PER_ROW: tl.constexpr):
-    """(kind, row, value) of the first row at fault, or (0, -1, 0): masks first, then labels, then temperatures."""
+def record_fault(
+    fault, mask, labels, class_weights, temperature, bad_mask, bad_label, bad_class, bad_temperature, rows, cols,
+    PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """(kind, row, value) of the first row at fault, or (0, -1, 0): masks first, then labels, then their classes (of
+    which the first is the `row`), then temperatures."""
     kind = tl.full((), 0, tl.int32)
     row = tl.full((), -1, tl.int64)
     value = tl.full((), 0.0, tl.float64)
@@ -116,6 +118,10 @@ def record_fault(fault, mask, labels, temperature, bad_mask, bad_label, bad_temp
             value = tl.load(temperature + bad_temperature).to(tl.float32).to(tl.float64)
         else:
             value = scalar(temperature).to(tl.float64)
+    if class_weights is not None:
+        if bad_class < cols:
+            kind, row = tl.full((), CLASS_WEIGHT, tl.int32), bad_class.to(tl.int64)
+            value = tl.load(class_weights + bad_class).to(tl.float32).to(tl.float64)
     if labels is not None:
         if bad_label < rows:
             kind, row = tl.full((), LABEL, tl.int32), bad_label
@@ -134,12 +140,13 @@ def record_fault(fault, mask, labels, temperature, bad_mask, bad_label, bad_temp
         "temperature", "soft_weight", "hard_weight", "soft_count", "hard_count", "ignore_index", "rows", "cols",
     ],
     do_not_specialize_on_alignment=[
-        "labels", "mask", "temperature", "upstream", "soft_weight", "hard_weight", "soft_count", "hard_count",
+        "labels", "mask", "class_weights", "temperature", "upstream", "soft_weight", "hard_weight", "soft_count",
+        "hard_count",
     ],
 )  # fmt: skip
 def prologue_kernel(
-    labels, mask, temperature, upstream, soft_weight, hard_weight, soft_count, hard_count, ignore_index, rows, cols,
-    weights, unit, fault,
+    labels, mask, class_weights, temperature, upstream, soft_weight, hard_weight, soft_count, hard_count,
+    ignore_index, rows, cols, weights, unit, fault,
     SOFT: tl.constexpr, PER_ROW: tl.constexpr, MEAN: tl.constexpr, T_SQUARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """weights [5, rows]: soft weight, hard weight, soft share, hard share, temperature. labels None: no hard term;
@@ -149,6 +156,7 @@ def prologue_kernel(
     tokens, labelled, largest = zeros, zeros, zeros
     bad_mask = tl.zeros((BLOCK,), tl.int64) + rows
     bad_label, bad_temperature = bad_mask, bad_mask
+    bad_class = tl.zeros((BLOCK,), tl.int32) + cols
     has_soft = SOFT & (scalar(soft_weight) != 0.0)
     has_hard = (labels is not None) & (scalar(hard_weight) != 0.0)
     # ---- count
@@ -156,13 +164,16 @@ def prologue_kernel(
         row = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
         inside = row < rows
         if SOFT:
-            weight, valid = load_mask(mask, row, inside & has_soft)
+            weight, valid = load_weight(mask, row, inside & has_soft)
             tokens += weight
             bad_mask = tl.where(inside & has_soft & ~valid, tl.minimum(bad_mask, row), bad_mask)
         if labels is not None:
-            given, bad = load_label(labels, row, inside & has_hard, ignore_index, cols)
-            labelled += tl.where(given, 1.0, 0.0)
+            weight, label, bad, bad_weight = load_label(
+                labels, class_weights, row, inside & has_hard, ignore_index, cols
+            )
+            labelled += weight
             bad_label = tl.where(bad, tl.minimum(bad_label, row), bad_label)
+            bad_class = tl.where(bad_weight, tl.minimum(bad_class, label.to(tl.int32)), bad_class)
     soft_scale = share_scale(soft_count, tl.sum(tokens, axis=0), MEAN)
     hard_scale = share_scale(hard_count, tl.sum(labelled, axis=0), MEAN)
     # ---- weigh
@@ -172,14 +183,14 @@ def prologue_kernel(
         fault_here = row < 0
         soft_share, hard_share, t = zeros, zeros, zeros + 1.0
         if SOFT:
-            weight, valid = load_mask(mask, row, inside & has_soft)
+            weight, valid = load_weight(mask, row, inside & has_soft)
             soft_share, t, bad_t = soft_part(weight * soft_scale, temperature, row, inside, PER_ROW, T_SQUARED)
             bad_temperature = tl.where(bad_t, tl.minimum(bad_temperature, row), bad_temperature)
             fault_here = (inside & has_soft & ~valid) | bad_t
         if labels is not None:
-            given, bad = load_label(labels, row, inside & has_hard, ignore_index, cols)
-            hard_share = tl.where(given, hard_scale, 0.0)
-            fault_here = fault_here | bad
+            weight, _, bad, bad_weight = load_label(labels, class_weights, row, inside & has_hard, ignore_index, cols)
+            hard_share = weight * hard_scale
+            fault_here = fault_here | bad | bad_weight
         factor = tl.where(fault_here, 0.0, 1.0)
         if upstream is not None:
             factor *= tl.load(upstream + row, mask=inside, other=0.0).to(tl.float32)
@@ -194,6 +205,6 @@ def prologue_kernel(
     if unit is not None:
         tl.store(unit, unit_of(tl.max(largest, axis=0)))
     record_fault(
-        fault, mask, labels, temperature, tl.min(bad_mask, axis=0), tl.min(bad_label, axis=0),
-        tl.min(bad_temperature, axis=0), rows, PER_ROW,
+        fault, mask, labels, class_weights, temperature, tl.min(bad_mask, axis=0), tl.min(bad_label, axis=0),
+        tl.min(bad_class, axis=0), tl.min(bad_temperature, axis=0), rows, cols, PER_ROW,
     )  # fmt: skip

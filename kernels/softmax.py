@@ -10,8 +10,9 @@ import triton.language as tl
 
 from distil_fast.kernels.maths import LOG2E
 from distil_fast.kernels.prologue import scalar, valid_temperature
-from distil_fast.kernels.sums import exponential_sum, load_logits
+from distil_fast.kernels.sums import exponential_sum, load_logits, plain_row
 from distil_fast.kernels.tiles import at, edge_tile, lead_of, row_start, store_rows, whole_tile, whole_tiles
+from distil_fast.kernels.transforms import PLAIN
 
 
 @triton.jit
@@ -45,18 +46,18 @@ def softmax_kernel(
 ):  # fmt: skip
     """out = softmax(logits / temperature), or its logarithm."""
     row = tl.program_id(0).to(tl.int64)
-    x_at = row_start(row, inner, x_start, x_outer, x_row)
+    entries = plain_row(logits, row_start(row, inner, x_start, x_outer, x_row))
     y_at = row_start(row, inner, y_start, y_outer, y_row)
     inverse_t = 1.0 / temperature_of(temperature, row, PER_ROW)
     k = inverse_t * LOG2E
-    ref, z = exponential_sum(logits, x_at, cols, k, VEC, BLOCK)
+    ref, z = exponential_sum(entries, cols, k, PLAIN, VEC, BLOCK)
     lead = lead_of(y_at, VEC)
     for i in range(whole_tiles(lead, cols, VEC, BLOCK)):
         place, inside = whole_tile(i, lead, cols, VEC, BLOCK)
-        x = load_logits(logits, x_at, lead, place, inside, VEC, ALIGNED)
+        x = load_logits(entries, lead, place, inside, PLAIN, VEC, ALIGNED)
         store_rows(out, y_at, lead, place, inside, probabilities(x, ref, k, z, inverse_t, LOGARITHM), VEC)
     place, inside = edge_tile(lead, cols, VEC)
-    x = load_logits(logits, x_at, lead, place, inside, VEC, ALIGNED)
+    x = load_logits(entries, lead, place, inside, PLAIN, VEC, ALIGNED)
     store_rows(out, y_at, lead, place, inside, probabilities(x, ref, k, z, inverse_t, LOGARITHM), VEC)
 
 

@@ -6,6 +6,7 @@ rounded to. It knows nothing of single kernels. Next: test_products.py; oracle.p
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all rows": {"soft_mask": None},
     "no labels": {"labels": None},
     "soft off": {"soft_weight": 0.0},
+    "class weights": {"class_weights": torch.linspace(0.0, 2.0, V)},
+    "z-loss": {"z_loss": 0.02},
+    "softcap": {"student_softcap": 4.0, "teacher_softcap": 6.0, "student_logit_scale": 0.5},
+    "alpha-beta": {"divergence": distil_fast.AlphaBeta(0.3, 0.6)},
     "narrow": {"vocab_size": 401, "labels": "cut"},
 }
 
@@ -385,6 +390,59 @@ def test_any_form_of_teacher_is_the_same_teacher(form: str) -> None:
     assert off(loss.loss, expected.loss.detach().cpu()) < 3e-6
     for mine, theirs in zip(torch.autograd.grad(loss.loss, heads.leaves()), grads, strict=True):
         assert off(mine, theirs.cpu()) < 1e-5
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
+def test_a_top_k_teacher_beside_the_students_head(tail: str) -> None:
+    heads = make(torch.float32)
+    logits = reference.head_logits(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
+    teacher = distil_fast.TopK.from_logits(logits, 6, 2.0, tail)
+    how = {"soft_mask": heads.mask, "student_bias": heads.student_bias, "chunk_bytes": 8 * V * 5}
+    loss = distil_fast.linear_distillation_loss(*heads[:2], teacher, None, heads.labels, **how).loss
+    whole = reference.head_logits(*heads.leaves())
+    expected = distil_fast.distillation_loss(whole, teacher, heads.labels, soft_mask=heads.mask).loss
+    assert off(loss, expected.detach().cpu()) < 1e-6
+    grads = torch.autograd.grad(loss, heads.leaves())
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, heads.leaves()), strict=True):
+        assert off(mine, theirs.cpu()) < 3e-6
+
+
+FACES = {
+    distil_fast.LinearDistillationLoss: distil_fast.linear_distillation_loss,
+    distil_fast.LinearDivergenceLoss: distil_fast.linear_divergence_loss,
+    distil_fast.LinearCrossEntropyLoss: distil_fast.linear_cross_entropy,
+}
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_modules_take_every_setting_and_default_of_their_functions(face: type[torch.nn.Module]) -> None:
+    function = inspect.signature(FACES[face]).parameters
+    taken = {**inspect.signature(face).parameters, **inspect.signature(face.forward).parameters}
+    del taken["self"]
+    assert taken.keys() == function.keys()
+    assert all(taken[name].default == function[name].default for name in function)
+
+
+def test_modules_are_their_functions() -> None:
+    heads = make(torch.float32)
+    settings: dict[str, Any] = {"temperature": 3.0, "divergence": "jsd", "student_softcap": 5.0, "precision": "fast"}
+    biases = {"student_bias": heads.student_bias, "teacher_bias": heads.teacher_bias}
+    both = heads.student_hidden, heads.student_weight, heads.teacher_hidden, heads.teacher_weight
+    whole = distil_fast.LinearDistillationLoss(**settings, hard_weight=0.5, z_loss=0.01)
+    expected = heads.loss(**settings, hard_weight=0.5, z_loss=0.01)
+    assert torch.equal(whole(*both, heads.labels, soft_mask=heads.mask, **biases).loss, expected.loss)
+    soft = distil_fast.LinearDivergenceLoss(**settings)(*both, mask=heads.mask, count=7.0, **biases)
+    assert torch.equal(
+        soft, distil_fast.linear_divergence_loss(*both, mask=heads.mask, count=7.0, **biases, **settings)
+    )
+    weights = torch.linspace(0.0, 2.0, V)
+    hard = distil_fast.LinearCrossEntropyLoss(class_weights=there(weights), softcap=4.0)
+    assert "class_weights" in hard.state_dict()
+    value = hard(*both[:2], heads.labels, bias=heads.student_bias)
+    exact = heads.exact()
+    logits = reference.head_logits(*exact.leaves())
+    truth = reference.cross_entropy(4.0 * torch.tanh(logits / 4.0), exact.labels, class_weights=weights)
+    assert off(value, truth) < 2e-6
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

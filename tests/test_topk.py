@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import distil_fast
-from distil_fast import TopK
+from distil_fast import TopK, reference_topk
 from distil_fast.backends.settings import TAILS
-from tests import calls, oracle, topk
+from tests import batch, calls, oracle, topk
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 INF = math.inf
@@ -95,6 +95,41 @@ def test_arguments(tail: str, reduction: str, dtype: torch.dtype) -> None:
             topk.by_backend(student, teacher, given, **settings).check(truth, name)
         else:
             oracle.check_gradient(torch.autograd.grad(terms.loss, x, upstream)[0], truth, name)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "class_weights": {"class_weights": torch.linspace(0.0, 2.0, 37), "label_smoothing": 0.0},
+    "z_loss": {"z_loss": 0.1, "label_smoothing": 0.1},
+    "scale": {"student_logit_scale": 0.3, "temperature": 1.0},
+    "softcap": {"student_softcap": 3.0, "divergence": "jsd"},
+    "both": {"student_logit_scale": 2.0, "student_softcap": 4.0, "temperature": 3.7, "vocab_size": 31, "z_loss": 0.01},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_hard_term_and_transforms_of_the_student(
+    instruction_set: str, option: str, tail: str, dtype: torch.dtype
+) -> None:
+    """With a hard term and without; in place, the slope of a softcap is taken before the logits are gone."""
+    student, teacher, labels = labelled(dtype, tail)
+    student[1, 3] = -INF
+    bound = {torch.float32: 4e-6, torch.bfloat16: 3e-3, torch.float64: 1e-12}[dtype]
+    for given in (labels, None):
+        settings = {
+            n: v for n, v in OPTIONS[option].items() if given is not None or n not in ("class_weights", "z_loss")
+        }
+        x = student.double().requires_grad_()
+        terms = reference_topk.topk_loss(x, teacher.ids, teacher.log_probs, given, tail=tail, **settings)
+        (grad,) = torch.autograd.grad(terms.loss, x)
+        result = topk.by_backend(student, teacher, given, **settings)
+        for name, value in result.values.items():
+            expected = getattr(terms, name).detach()
+            assert (value - expected).abs() <= 4e-6 * (1.0 + expected.abs()), name
+        assert batch.error(result.grad, grad.nan_to_num(0.0)) <= bound
+        inplace = topk.by_backend(student.clone(), teacher, given, gradient="inplace", **settings)
+        assert torch.equal(inplace.grad, result.grad)
 
 
 def test_counts_replace_denominators() -> None:

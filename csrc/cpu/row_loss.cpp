@@ -47,7 +47,7 @@ class RowLossCall : RowCall<Real> {
     }
     char* out = c_.grad.data ? row_at(c_.grad, row, c_.inner) : nullptr;
     if (soft_w == 0.0 && hard_w == 0.0) {
-      if (out) team.each(1, [&](int64_t) { std::memset(out, 0, c_.cols * size_); });
+      if (out) clear(team, out);
       return;
     }
     const double t = soft_w != 0.0 ? temperature_[row] : 1.0;
@@ -60,7 +60,7 @@ class RowLossCall : RowCall<Real> {
     exponentiate(team, row, student, teacher, t, kind, w);
     const Row sums = Base::combine(w, teacher, t, kind);
     if (teacher.data && excess_ && too_much(team, row, sums.mass)) {
-      if (out) team.each(1, [&](int64_t) { std::memset(out, 0, c_.cols * size_); });
+      if (out) clear(team, out);
       return;
     }
     double g_sum = 0.0;
@@ -70,6 +70,11 @@ class RowLossCall : RowCall<Real> {
     team.meet();  // in place, `write` destroys the logits that the lines above read
     if (out)
       write(team, row, out, student, teacher, label, {soft_w / unit_, hard_w / unit_}, t, kind, sums, g_sum, hard, w);
+  }
+
+  template <class Team>
+  void clear(const Team& team, char* out) const {
+    team.each(1, [&](int64_t) { std::memset(out, 0, c_.cols * size_); });
   }
 
   // Log-probabilities times T act as logits at T.

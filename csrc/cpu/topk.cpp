@@ -194,8 +194,8 @@ class TopKCall : RowCall<Real> {
   void write_ids_alone(int64_t row, char* out, double weight, Outcomes<Real>& e) const {
     const Logits raw = given(c_.student, row);
     for (int64_t i = 0; i < e.found->n; ++i) {
-      const Real value = Real(weight * e.slope(i));
-      table_.chain[raw.dtype](e.room(i), raw.at(e.ids[i]), &value, 1, of_student());
+      const Real value[16] = {Real(weight * e.slope(i))};  // a whole vector of gradients may be read
+      table_.chain[raw.dtype](e.room(i), raw.at(e.ids[i]), value, 1, of_student());
     }
     std::memset(out, 0, c_.cols * size_);
     for (int64_t i = 0; i < e.found->n; ++i) std::memcpy(out + e.ids[i] * size_, e.room(i), size_);

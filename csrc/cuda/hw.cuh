@@ -42,6 +42,8 @@ DISTIL_FAST_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
 
+DISTIL_FAST_DEVICE uint32_t atomic_or(uint32_t* at, uint32_t bits) { return atomicOr(at, bits); }
+
 // ---- clusters: a block is alone in one before sm_90
 
 DISTIL_FAST_DEVICE int rank() {

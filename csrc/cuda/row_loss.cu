@@ -1,33 +1,18 @@
 // row_loss.cu: the row losses' launches: weights, rows, total. Knows no kernel's inside. Next: row_loss.cuh.
+#include "row_launch.h"
 #include "row_loss_kernels.h"
 
 namespace distil_fast {
 namespace cuda {
 namespace {
 
-WeighArgs weigh_args(const CudaRowLoss& call, const RowWeights& out) {
-  const RowLoss& c = call.numbers;
-  WeighArgs a;
-  a.rows = c.outer * c.inner, a.cols = c.cols;
-  a.has_soft = c.teacher.data, a.has_hard = c.labels;
-  a.mask = c.soft_mask, a.mask_is_bool = c.mask_is_bool;
-  a.labels = c.labels, a.ignore_index = c.ignore_index;
-  a.temperatures = static_cast<const float*>(c.temperatures);
-  a.temperature = {c.temperature, call.temperature};
-  a.soft_weight = {c.soft_weight, call.soft_weight}, a.hard_weight = {c.hard_weight, call.hard_weight};
-  a.soft_count = {c.soft_count, call.soft_count}, a.hard_count = {c.hard_count, call.hard_count};
-  a.t_squared = c.t_squared, a.mean = c.reduction == Reduction::mean;
-  a.upstream = static_cast<const float*>(c.upstream);
-  a.needs_unit = c.grad.data && c.grad.dtype == DType::f16;
-  a.out = out, a.unit = call.unit, a.fault = call.fault;
-  return a;
+RowLossKernel kernel_of(DType dtype, int divergence, Kind kind) {
+  if (dtype == DType::f32) return row_loss_kernel_of<float>(divergence, kind);
+  return dtype == DType::f16 ? row_loss_kernel_of<Half>(divergence, kind)
+                             : row_loss_kernel_of<BFloat16>(divergence, kind);
 }
 
-RowLossKernel kernel_of(DType dtype, int divergence, bool kept) {
-  if (dtype == DType::f32) return row_loss_kernel_of<float>(divergence, kept);
-  return dtype == DType::f16 ? row_loss_kernel_of<Half>(divergence, kept)
-                             : row_loss_kernel_of<BFloat16>(divergence, kept);
-}
+bool same(const Transform& t) { return t.scale == 1.0 && t.cap == 0.0; }
 
 const char* launch(const CudaRowLoss& call) {
   const RowLoss& c = call.numbers;
@@ -35,33 +20,22 @@ const char* launch(const CudaRowLoss& call) {
   const RowWeights weights = RowWeights::at(call.workspace, rows);
   if (const char* error = launch_weights(weigh_args(call, weights), call.stream)) return error;
 
-  const bool none = c.reduction == Reduction::none;
   RowLossArgs a;
-  a.rows = static_cast<int>(rows), a.inner = c.inner, a.cols = c.cols;
-  a.student = c.student, a.teacher = c.teacher, a.grad = c.grad, a.labels = c.labels;
-  a.values.weights = weights;
-  if (none) {
-    a.values.loss = static_cast<float*>(c.loss);
-    a.values.soft = static_cast<float*>(c.soft);
-    a.values.hard = static_cast<float*>(c.hard);
-  }
-  a.unit = c.grad.data && c.grad.dtype == DType::f16 ? call.unit : nullptr;
-  a.label_smoothing = static_cast<float>(c.label_smoothing), a.parameters[0] = c.parameters[0],
-  a.parameters[1] = c.parameters[1];
-
+  set_row_args(call, weights, &a);
+  a.any.checked = c.teacher.data && c.teacher_form != TeacherForm::logits;
+  a.any.most = static_cast<float>(mass_limit(c.teacher.dtype));
   hw::Device device;
   if (const char* error = hw::device(&device)) return error;
   const int size = size_of(c.student.dtype), second = c.teacher.data ? size_of(c.teacher.dtype) : 0;
+  const bool plain = same(c.student_transform) && same(c.teacher_transform) && c.teacher_form == TeacherForm::logits;
   Plan plan;
-  bool kept = !c.teacher.data || c.teacher.dtype == c.student.dtype;
+  bool kept = plain && (!c.teacher.data || c.teacher.dtype == c.student.dtype);
   const int columns = kept_columns_of[c.divergence];
   kept = kept && plan_rows(device, c.cols, 16 / size, size, second, columns, call.stream, &plan);
   if (!kept) plan_rows(device, c.cols, 16 / size, size, second, 0, call.stream, &plan);
-  if (const char* error = launch_rows(kernel_of(c.student.dtype, c.divergence, kept), plan, a)) return error;
-  if (none) return nullptr;
-  const TotalArgs total{rows, weights, static_cast<float*>(c.loss), static_cast<float*>(c.soft),
-                        static_cast<float*>(c.hard)};
-  return launch_total(total, call.stream);
+  const Kind kind = kept ? Kind::kept : plain && has_again(c.divergence) ? Kind::again : Kind::any;
+  if (const char* error = launch_rows(kernel_of(c.student.dtype, c.divergence, kind), plan, a)) return error;
+  return launch_values(call, weights, a.any.checked);
 }
 
 }  // namespace

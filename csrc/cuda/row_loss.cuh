@@ -2,49 +2,17 @@
 // reading of memory. A cluster takes a row: maxima, sums of exponentials, the divergence, the gradient: four sweeps over
 // logits that lie in shared memory, three of them followed by a total over the cluster. Where a thread has few enough
 // columns (`kept`), exponentials and g stay in its registers; otherwise they are computed again. The twin of
-// cpu/row_loss.cpp; knows no formula of a divergence. Next: weights.cuh, stage.cuh; docs/math.md for the derivation.
+// cpu/row_loss.cpp; knows no formula of a divergence. Next: row_call.cuh, stage.cuh; docs/math.md for the derivation.
 #pragma once
 
+#include "row_call.cuh"
 #include "stage.cuh"
-#include "weights.cuh"
 
 namespace distil_fast::cuda {
 
-// Columns that a thread keeps: what the registers hold, and a centred divergence needs more of them for itself.
-template <class D>
-constexpr int kept_columns = D::centred ? 16 : 32;
-
-struct RowLossArgs {
-  int rows = 0, inner = 0, cols = 0;
-  Matrix student, teacher, grad;
-  const int64_t* labels = nullptr;
-  RowValues values;
-  const float* unit = nullptr;
-  float label_smoothing = 0.0f;
-  double parameters[2] = {0.0, 0.0};
-  Stages stages;
-};
-
-// What fp32 rounds off in a - b = d (Knuth's TwoSum); an infinite d has lost nothing.
-DISTIL_FAST_DEVICE float lost_in(float a, float b, float d) {
-  const float back = d - a, lost = (a - (d - back)) - (b + back);
-  return lost == lost ? lost : 0.0f;
-}
-
-// What all threads know of the row at hand.
-struct RowScalars {
-  bool soft, hard;     // which terms it has
-  float by_t;          // 1 / T
-  float top_s, top_t;  // maxima
-  float apart, rho;    // distance taken off s - t; lse_s - lse_t without it
-  float to_p, to_q;    // 1 / sums of exponentials
-  float z_h, rest;     // the student's at temperature 1, and without the label's
-  float centre;        // for a centred divergence
-  int label;           // its value in the slice's groups; -1: it is in another slice, or there is none
-};
-
-template <class S, class D, bool kept>
+template <class S, class D, Kind kind>
 class RowLossBody {
+  static constexpr bool kept = kind == Kind::kept, any = kind == Kind::any;
   static constexpr int W = group_size<S>, K = kept ? kept_columns<D> / W : 1;
   using Student = std::conditional_t<kept, Staged<S, W>, Source<S, W>>;
   using Teacher = std::conditional_t<kept, Staged<S, W>, Source<void, W>>;
@@ -80,6 +48,11 @@ class RowLossBody {
 
     maxima(slice, student, teacher, r, team);
     exponentials(row, slice, student, teacher, r, memory, team);
+    if (any && r.soft && a_.any.checked && !(r.mass <= a_.any.most)) {
+      if (leads()) a_.values.refuse(row, FaultKind::teacher_mass, r.mass);
+      if (a_.grad.data) sink(row, slice).fill(slice, 0.0f);
+      return;
+    }
     float f_and_g[2] = {0.0f, 0.0f};
     if (r.soft) diverge(slice, student, teacher, r, memory, f_and_g, team);
     if (leads()) a_.values.put_soft(row, f_and_g[0]);
@@ -107,7 +80,28 @@ class RowLossBody {
     return {const_cast<char*>(at) + slice_of<S>(at, a_.cols).begin * sizeof(S), slice};
   }
 
-  DISTIL_FAST_DEVICE static bool leads() { return hw::rank() == 0 && hw::thread() == 0; }
+  DISTIL_FAST_DEVICE static bool is_column(const Slice& slice, int group, int l) {
+    const int i = group * W + l - slice.shift;
+    return i >= 0 && i < slice.n;
+  }
+
+  // A group as logits.
+  DISTIL_FAST_DEVICE void load(const Slice& slice, const Student& student, int group, float* to) const {
+    student.load(slice, group, to);
+    if constexpr (any) {
+#pragma unroll
+      for (int l = 0; l < W; ++l) to[l] = transformed(to[l], a_.any.student);
+    }
+  }
+  DISTIL_FAST_DEVICE void load(const Slice& slice, const Teacher& teacher, const RowScalars& r, int group,
+                               float* to) const {
+    teacher.load(slice, group, to);
+    if constexpr (any) {
+#pragma unroll
+      for (int l = 0; l < W; ++l)
+        to[l] = is_column(slice, group, l) ? teacher_logit(to[l], a_.any.teacher, r.t) : minus_infinity;
+    }
+  }
 
   // f(group, index of its first value among those kept)
   template <class F>
@@ -126,7 +120,7 @@ class RowLossBody {
   DISTIL_FAST_DEVICE RowScalars scalars(int row, const Slice& slice, bool soft, bool hard) const {
     RowScalars r{};
     r.soft = soft, r.hard = hard;
-    r.by_t = soft ? 1.0f / a_.values.weights.temperature[row] : 1.0f;
+    r.t = soft ? a_.values.weights.temperature[row] : 1.0f, r.by_t = 1.0f / r.t;
     r.label = -1;
     if (hard) {
       const int64_t label = a_.labels[row], local = label - slice.begin;
@@ -135,16 +129,16 @@ class RowLossBody {
     return r;
   }
 
-  DISTIL_FAST_DEVICE static void maxima(const Slice& slice, const Student& student, const Teacher& teacher,
-                                        RowScalars& r, Team<float>& team) {
+  DISTIL_FAST_DEVICE void maxima(const Slice& slice, const Student& student, const Teacher& teacher, RowScalars& r,
+                                 Team<float>& team) const {
     float top[2] = {minus_infinity, minus_infinity};
     each(slice, [&](int g, int) {
       float x[W];
-      student.load(slice, g, x);
+      load(slice, student, g, x);
 #pragma unroll
       for (int l = 0; l < W; ++l) top[0] = hw::max(top[0], x[l]);
       if (!r.soft) return;
-      teacher.load(slice, g, x);
+      load(slice, teacher, r, g, x);
 #pragma unroll
       for (int l = 0; l < W; ++l) top[1] = hw::max(top[1], x[l]);
     });
@@ -173,16 +167,16 @@ class RowLossBody {
       Group x;
       float es[W], group[5] = {};
       float (&part)[5] = kept ? sum : group;
-      student.load(slice, g, x.s);
+      load(slice, student, g, x.s);
 #pragma unroll
       for (int l = 0; l < W; ++l) es[l] = hw::exp2((x.s[l] - r.top_s) * k), part[0] += es[l];
       if (r.soft) {
-        teacher.load(slice, g, x.t);
+        load(slice, teacher, r, g, x.t);
 #pragma unroll
         for (int l = 0; l < W; ++l) {
           const float et = hw::exp2((x.t[l] - r.top_t) * k);
           part[1] += et;
-          if constexpr (D::centred) part[4] += weighted_difference(es[l], x.s[l], x.t[l], r);
+          if (D::centred && (!any || a_.any.centred)) part[4] += weighted_difference(es[l], x.s[l], x.t[l], r);
           if constexpr (kept) memory.es[at + l] = es[l], memory.g[at + l] = et;
         }
       } else if constexpr (kept) {
@@ -203,16 +197,18 @@ class RowLossBody {
     });
     if (r.hard && a_.label_smoothing != 0.0f) sum[3] = sum_shifted(slice, student, r);
     team.combine<Sum>(sum);
-    r.to_q = 1.0f / sum[0], r.rest = sum[2];
+    r.to_q = 1.0f / sum[0];
     if (r.soft) {
       const float distance = r.top_s - r.top_t, left = (distance - r.apart) + lost_in(r.top_s, r.top_t, distance);
       r.to_p = 1.0f / sum[1];
       r.rho = hw::log(sum[0] / sum[1]) + left * r.by_t;
       const float mean = sum[4] * r.to_q * r.by_t - r.rho;
       r.centre = mean - mean == 0.0f ? mean : 0.0f;
+      r.mass = sum[1] * hw::exp2(r.top_t * k);
     }
-    r.z_h = r.rest + hw::exp2((label_logit - r.top_s) * log2_e);
-    if (leads()) a_.values.put_hard(row, r.hard ? cross_entropy(r, label_logit - r.top_s, sum[3]) : 0.0f);
+    const HardTerm term = hard_term(a_, r.top_s, label_logit - r.top_s, sum[2], sum[3]);
+    r.of_h = term.of_h, r.at_label = term.at_label;
+    if (leads()) a_.values.put_hard(row, r.hard ? term.value : 0.0f);
   }
 
   // Exponentials at temperature 1: those at T, or `own` ones.
@@ -235,31 +231,42 @@ class RowLossBody {
   }
 
   // Of this thread's columns, for label smoothing.
-  DISTIL_FAST_DEVICE static float sum_shifted(const Slice& slice, const Student& student, const RowScalars& r) {
+  DISTIL_FAST_DEVICE float sum_shifted(const Slice& slice, const Student& student, const RowScalars& r) const {
     float sum = 0.0f;
     for (int g = hw::thread(); g < slice.groups; g += hw::threads()) {
       float x[W], part = 0.0f;
-      student.load(slice, g, x);
-      const int i = g * W - slice.shift;
+      load(slice, student, g, x);
 #pragma unroll
-      for (int l = 0; l < W; ++l) part += i + l >= 0 && i + l < slice.n ? x[l] - r.top_s : 0.0f;
+      for (int l = 0; l < W; ++l) part += is_column(slice, g, l) ? x[l] - r.top_s : 0.0f;
       sum += part;
     }
     return sum;
   }
 
-  // f and g of a group; es and g are what is kept, or what is to be.
-  DISTIL_FAST_DEVICE float diverge_group(const Group& x, const RowScalars& r, const float* es, float* g) const {
-    const D divergence{a_.parameters[0], a_.parameters[1], r.centre};
+  // f and g of a group, from log q - log p; es and g are what is kept, or what is to be.
+  template <class Of>
+  DISTIL_FAST_DEVICE float terms_of(const float* apart, const RowScalars& r, const float* es, float* g) const {
+    const Of divergence{a_.parameters[0], a_.parameters[1], r.centre};
     float f = 0.0f;
 #pragma unroll
     for (int l = 0; l < W; ++l) {
-      const float by = hw::fma(difference(x.s[l], x.t[l], r), r.by_t, -r.rho);
-      const Terms<Lane> terms = divergence(Lane(by), Lane(g[l] * r.to_p), Lane(es[l] * r.to_q));
+      const Terms<Lane> terms = divergence(Lane(apart[l]), Lane(g[l] * r.to_p), Lane(es[l] * r.to_q));
       f += terms.f.v;
       g[l] = terms.g.v;
     }
     return f;
+  }
+
+  DISTIL_FAST_DEVICE float diverge_group(const Group& x, const RowScalars& r, const float* es, float* g) const {
+    float apart[W];
+#pragma unroll
+    for (int l = 0; l < W; ++l) apart[l] = hw::fma(difference(x.s[l], x.t[l], r), r.by_t, -r.rho);
+    if constexpr (!any) {
+      return terms_of<D>(apart, r, es, g);
+    } else {
+      return with_divergence(a_.any.divergence,
+                             [&](auto of) { return terms_of<typename decltype(of)::type>(apart, r, es, g); });
+    }
   }
 
   DISTIL_FAST_DEVICE static void again(const Group& x, const RowScalars& r, float* es, float* et) {
@@ -276,8 +283,8 @@ class RowLossBody {
     each(slice, [&](int g, int at) {
       Group x;
       float here[2][W];
-      student.load(slice, g, x.s);
-      teacher.load(slice, g, x.t);
+      load(slice, student, g, x.s);
+      load(slice, teacher, r, g, x.t);
       if constexpr (!kept) again(x, r, here[0], here[1]);
       float* of_g = kept ? memory.g + at : here[1];
       sum[0] += diverge_group(x, r, kept ? memory.es + at : here[0], of_g);
@@ -290,15 +297,8 @@ class RowLossBody {
   }
 
   DISTIL_FAST_DEVICE float logit(int row, int64_t column) const {
-    return widen(reinterpret_cast<const S*>(row_at(a_.student, row, a_.inner))[column]);
-  }
-
-  DISTIL_FAST_DEVICE float cross_entropy(const RowScalars& r, float shifted, float shifted_sum) const {
-    const float own = hw::exp2(shifted * log2_e);
-    const float nll = own > r.rest ? hw::log1p(r.rest / own) : hw::log(r.z_h) - shifted;
-    if (a_.label_smoothing == 0.0f) return nll;
-    const float uniform = hw::log(r.z_h) - shifted_sum / static_cast<float>(a_.cols);
-    return (1.0f - a_.label_smoothing) * nll + a_.label_smoothing * uniform;
+    const float x = widen(reinterpret_cast<const S*>(row_at(a_.student, row, a_.inner))[column]);
+    return any ? transformed(x, a_.any.student) : x;
   }
 
   // The projection comes first: where g is a multiple of q, nothing is left of it. At the label the hard gradient is
@@ -308,16 +308,16 @@ class RowLossBody {
     const RowWeights& weights = a_.values.weights;
     const Sink<S> out = sink(row, slice);
     const float by_unit = a_.unit ? 1.0f / *a_.unit : 1.0f, hard_by = r.hard ? weights.hard[row] * by_unit : 0.0f;
-    const float of_g = weights.soft[row] * by_unit * r.by_t, of_q = -g_sum * r.to_q, of_h = hard_by / r.z_h;
+    const float of_g = weights.soft[row] * by_unit * r.by_t, of_q = -g_sum * r.to_q, of_h = hard_by * r.of_h;
     const float constant = -hard_by * a_.label_smoothing / static_cast<float>(a_.cols);
-    const float at_label = hard_by * (a_.label_smoothing - r.rest / r.z_h) + constant;
+    const float at_label = hard_by * (a_.label_smoothing + r.at_label) + constant;
     const bool own = r.hard && r.by_t != 1.0f;
     each(slice, [&](int g, int at) {
       Group x;
       float here[2][W], y[W];
-      if (!kept || own) student.load(slice, g, x.s);
+      if (!kept || own) load(slice, student, g, x.s);
       if constexpr (!kept) {
-        if (r.soft) teacher.load(slice, g, x.t);
+        if (r.soft) load(slice, teacher, r, g, x.t);
         again(x, r, here[0], here[1]);
         if (r.soft) diverge_group(x, r, here[0], here[1]);
       }
@@ -333,6 +333,11 @@ class RowLossBody {
 #pragma unroll
         for (int l = 0; l < W; ++l) y[l] = hw::fma(of_g, hw::fma(of_q, es[l], of_group[l]), r.hard ? y[l] : 0.0f);
       }
+      if constexpr (any) {
+        student.load(slice, g, x.s);
+#pragma unroll
+        for (int l = 0; l < W; ++l) y[l] = before_transform(y[l], x.s[l], a_.any.student);
+      }
       out.store(slice, g, y);
     });
   }
@@ -340,10 +345,10 @@ class RowLossBody {
   const RowLossArgs& a_;
 };
 
-template <class S, class D, bool kept>
+template <class S, class D, Kind kind>
 DISTIL_FAST_KERNEL(row_threads, 1)
 row_loss_kernel(DISTIL_FAST_ARGS(RowLossArgs) args) {
-  RowLossBody<S, D, kept> body(args);
+  RowLossBody<S, D, kind> body(args);
   for_rows<group_size<S>>(body, args.rows, args.stages);
 }
 

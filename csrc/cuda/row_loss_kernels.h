@@ -1,5 +1,5 @@
-// row_loss_kernels.h: the row loss' kernels by dtype, index of the divergence and kind; one translation unit per dtype of the student
-// compiles them side by side. Next: row_loss.cuh.
+// row_loss_kernels.h: the row loss' kernels by dtype, index of the divergence and kind; one translation unit per dtype of
+// the student compiles them side by side. Next: row_loss.cuh.
 #pragma once
 
 #include "plan.h"
@@ -9,26 +9,29 @@ namespace distil_fast::cuda {
 
 using RowLossKernel = void (*)(const RowLossArgs);
 
+// Which has no kernel of kind `again` for the divergences that came later: `any` serves their rows that no cluster keeps.
 template <class S>
-RowLossKernel row_loss_kernel_of(int divergence, bool kept);
+RowLossKernel row_loss_kernel_of(int divergence, Kind kind);
 
-#define DISTIL_FAST_ROW_LOSS_INDEX(name, D) name,
+constexpr bool has_again(int divergence) { return divergence <= static_cast<int>(DivergenceIndex::jsd); }
+
 #define DISTIL_FAST_ROW_LOSS_COLUMNS(name, D) kept_columns<D>,
-#define DISTIL_FAST_ROW_LOSS_CASE(name, D)                   \
-  if (static_cast<int>(DivergenceIndex::name) == divergence) \
-    return kept ? row_loss_kernel<S, D, true> : row_loss_kernel<S, D, false>;
-
-enum class DivergenceIndex { DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW_LOSS_INDEX) };
-
 inline constexpr int kept_columns_of[] = {DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW_LOSS_COLUMNS)};
 
+#define DISTIL_FAST_ROW_LOSS_CASE(name, D)                                                  \
+  if (constexpr int index = static_cast<int>(DivergenceIndex::name); divergence == index) { \
+    if (kind == Kind::kept) return row_loss_kernel<S, D, Kind::kept>;                       \
+    if constexpr (has_again(index)) return row_loss_kernel<S, D, Kind::again>;              \
+  }
+
 // To be used once per Student.
-#define DISTIL_FAST_ROW_LOSS_KERNELS(Student)                            \
-  template <>                                                            \
-  RowLossKernel row_loss_kernel_of<Student>(int divergence, bool kept) { \
-    using S = Student;                                                   \
-    DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW_LOSS_CASE)                   \
-    return nullptr;                                                      \
+#define DISTIL_FAST_ROW_LOSS_KERNELS(Student)                                   \
+  template <>                                                                   \
+  RowLossKernel row_loss_kernel_of<Student>(int divergence, Kind kind) {        \
+    using S = Student;                                                          \
+    if (kind == Kind::any) return row_loss_kernel<S, AnyDivergence, Kind::any>; \
+    DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW_LOSS_CASE)                          \
+    return nullptr;                                                             \
   }
 
 }  // namespace distil_fast::cuda

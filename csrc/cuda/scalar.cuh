@@ -9,7 +9,8 @@
 
 namespace distil_fast::cuda {
 
-constexpr float minus_infinity = -__builtin_inff(), log2_e = 1.44269504f, ln_2 = 0.693147181f;
+constexpr float minus_infinity = -__builtin_inff(), log2_e = 1.44269504f, ln_2 = 0.693147181f,
+                not_a_number = __builtin_nanf("");
 
 DISTIL_FAST_BOTH int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 DISTIL_FAST_BOTH int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up

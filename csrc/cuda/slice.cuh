@@ -23,11 +23,15 @@ DISTIL_FAST_DEVICE const char* row_at(const Matrix& m, int row, int64_t inner) {
   return static_cast<const char*>(m.data) + offset * size_of(m.dtype);
 }
 
-// This block's slice of a row of S that begins at `row`.
+// Of a row of S that begins at `row`: how far it is into its first group; this block's slice.
+template <class S>
+DISTIL_FAST_DEVICE int shift_of(const void* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(S));
+}
 template <class S>
 DISTIL_FAST_DEVICE Slice slice_of(const void* row, int64_t cols) {
   constexpr int W = group_size<S>;
-  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(S));
+  const int shift = shift_of<S>(row);
   const int64_t all = over(cols + shift, W), each = over(all, hw::ranks());
   const int64_t first = smaller(hw::rank() * each, all), last = smaller(first + each, all);
   const int64_t begin = first ? first * W - shift : 0, end = smaller(last * W - shift, cols);
@@ -106,6 +110,7 @@ class Sink {
         if (i + l >= 0 && i + l < slice.n) narrow(from[l], at_ + i + l);
     }
   }
+  DISTIL_FAST_DEVICE void put(int i, float value) const { narrow(value, at_ + i); }
   DISTIL_FAST_DEVICE void fill(const Slice& slice, float value) const {
     float values[W];
 #pragma unroll

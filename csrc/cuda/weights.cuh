@@ -18,16 +18,27 @@ struct Quantity {
 
 // The workspace: two numbers, then vectors of [rows].
 struct RowWeights {
-  static constexpr int vectors = 7, ahead = 4;
+  static constexpr int vectors = 10, ahead = 4;
   float *soft_weight, *hard_weight;              // of the terms
   float *soft, *hard, *soft_share, *hard_share;  // of each row in the gradient, and in the value
   float* temperature;
   float *soft_value, *hard_value;
+  float* fault;         // FaultKind of a row whose teacher is no distribution, else 0,
+  double* fault_value;  // and what stood there
 
   static RowWeights at(float* workspace, int64_t rows) {
     float* v = workspace + ahead;
-    return {workspace,    workspace + 1, v,           v + rows, v + 2 * rows, v + 3 * rows,
-            v + 4 * rows, v + 5 * rows,  v + 6 * rows};
+    return {workspace,
+            workspace + 1,
+            v,
+            v + rows,
+            v + 2 * rows,
+            v + 3 * rows,
+            v + 4 * rows,
+            v + 5 * rows,
+            v + 6 * rows,
+            v + 7 * rows,
+            reinterpret_cast<double*>(v + 8 * rows)};
   }
 };
 
@@ -37,11 +48,13 @@ struct WeighArgs {
   const void* mask = nullptr;       // [rows] bool or float; null: every row
   const int64_t* labels = nullptr;  // [rows]
   int64_t ignore_index = 0;
-  const float* temperatures = nullptr;  // [rows]; null: `temperature` for all
+  const float* class_weights = nullptr;  // [cols]: what a row with this label counts; null: 1
+  const float* temperatures = nullptr;   // [rows]; null: `temperature` for all
   Quantity temperature, soft_weight, hard_weight, soft_count, hard_count;
   const float* upstream = nullptr;  // [rows]; null: 1
   const float* norms = nullptr;     // [rows]: what a row's gradient is divided by, for the unit; null: its temperature
   bool needs_unit = false;
+  double slope = 1.0;  // of what the gradient is taken by, for the unit
   RowWeights out;
   float* unit = nullptr;
   double* fault = nullptr;  // [3]: kind, row, value
@@ -66,13 +79,20 @@ struct RowValues {
     const double h = hard ? weighted(*weights.hard_weight, hard[row]) : 0.0;
     loss[row] = static_cast<float>(weighted(*weights.soft_weight, s) + h);
   }
+  // In the place of put_soft.
+  DISTIL_FAST_DEVICE void refuse(int row, FaultKind kind, double value) const {
+    weights.fault[row] = static_cast<float>(kind), weights.fault_value[row] = value;
+    put_soft(row, __builtin_nanf(""));
+  }
   DISTIL_FAST_DEVICE static float of(float share, float value) { return share == 0.0f ? 0.0f : share * value; }
 };
 
 struct TotalArgs {
   int64_t rows = 0;
   RowWeights weights;
-  float *loss = nullptr, *soft = nullptr, *hard = nullptr;  // one each; hard may be null
+  float *loss = nullptr, *soft = nullptr, *hard = nullptr;  // one each; hard may be null; loss null: nothing is reduced
+  double* fault =
+      nullptr;  // tells of the first row that was refused, where the prologue left it empty; null: none can be
 };
 
 // Both launch one kernel and return what kept them from it, or null.

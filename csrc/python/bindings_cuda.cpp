@@ -35,8 +35,10 @@ void row_loss(const Shape& shape, const MatrixArgs& student, const std::optional
               uintptr_t class_weights, uintptr_t temperatures, const Quantity& temperature, const Quantity& soft_weight,
               const Quantity& hard_weight, const Quantity& soft_count, const Quantity& hard_count,
               const RowSettingsArgs& settings, uintptr_t upstream, uintptr_t loss, uintptr_t soft, uintptr_t hard,
-              uintptr_t unit, uintptr_t fault, uintptr_t workspace, uintptr_t stream) {
-  CudaRowLoss call;
+              uintptr_t unit, uintptr_t fault, uintptr_t workspace, uintptr_t stream,
+              const std::optional<TopKArgs>& topk) {
+  CudaTopKLoss with_topk;
+  CudaRowLoss& call = with_topk.rows;
   RowLoss& c = call.numbers;
   set_shape(c, shape);
   set_settings(c, settings);
@@ -54,7 +56,9 @@ void row_loss(const Shape& shape, const MatrixArgs& student, const std::optional
   c.loss = pointer(loss), c.soft = pointer(soft), c.hard = pointer(hard);
   call.unit = pointer<float>(unit), call.fault = pointer<double>(fault);
   call.workspace = pointer<float>(workspace), call.stream = pointer(stream);
-  launch(row_loss_cuda, call);
+  if (!topk) return launch(row_loss_cuda, call);
+  set_topk(with_topk.teacher, *topk);
+  launch(topk_loss_cuda, with_topk);
 }
 
 void rescale(const Shape& shape, const MatrixArgs& grad, uintptr_t grad_output, uintptr_t unit, uintptr_t stream) {

@@ -21,9 +21,10 @@ from distil_fast.backends.layout import (
     cut_gradient,
     flat,
     geometry,
+    topk_tolerance,
 )
 from distil_fast.backends.native import row_settings
-from distil_fast.backends.settings import RowSettings
+from distil_fast.backends.settings import TAILS, RowSettings
 
 OLDEST = (8, 0)  # compute capability
 
@@ -97,11 +98,12 @@ def row_loss(
     *,
     gradient: str = "no",
     upstream: Tensor | None = None,
+    topk: tuple[int, int, int, float, int, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
     """Loss, its two terms, the student's gradient and the unit that it is stored in (fp16: a tensor; else 1.0).
 
     A count of -1 is counted here. gradient: "no", "fresh", or "inplace", which leaves it where the logits were;
-    `upstream` multiplies each row's.
+    `upstream` multiplies each row's. topk: the top-k teacher as the core takes it (`topk_loss`).
     """
     if gradient == "inplace":
         check_inplace(student, teacher)
@@ -148,9 +150,38 @@ def row_loss(
             fault.data_ptr(),
             workspace.data_ptr(),
             _stream(student),
+            topk,
         )
     raise_if_checking(fault, shape[2], "soft_mask")
     return loss, soft, hard, grad, 1.0 if unit is None else unit
+
+
+def topk_loss(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    class_weights: Tensor | None,
+    temperature: float | Tensor,
+    soft_weight: float | Tensor,
+    hard_weight: float | Tensor,
+    soft_count: float | Tensor,
+    hard_count: float | Tensor,
+    settings: RowSettings,
+    shift: float,
+    tail: str,
+    *,
+    gradient: str = "no",
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
+    """`row_loss` with a teacher of k columns a row; shift: the divergence's."""
+    rows = labels, soft_mask, class_weights
+    scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
+    tolerance = topk_tolerance(log_probs)
+    ids, log_probs = flat(ids, torch.int64), flat(log_probs, torch.float32)
+    topk = ids.shape[-1], address(ids), address(log_probs), tolerance, TAILS.index(tail), shift
+    return row_loss(student, None, *rows, *scalars, settings, gradient=gradient, upstream=upstream, topk=topk)
 
 
 def rescale(grad: Tensor, grad_output: Tensor, unit: float | Tensor) -> None:

@@ -1,28 +1,44 @@
-"""The Triton kernels, from tensors to launches: rows and their alignment, outputs, scalars that stay on the device.
+"""The Triton kernels, from tensors to launches: what each op allocates, compiles for and launches.
 
 Each function computes exactly one op of ops.py, from arguments that functional.py has checked, without waiting for the
-device, except in the checking mode. It knows nothing of autograd, and no formula. Next: kernels/rows.py.
+device, except in the checking mode. It knows nothing of autograd, and no formula. Next: triton_launch.py, for what ops
+share; kernels/rows.py.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distil_fast.backends.gpu import DTYPES, check_temperature, on_device_of, raise_if_checking
-from distil_fast.backends.layout import PAIR_UNIT, Shape, check_inplace, cut, cut_gradient, geometry
-from distil_fast.backends.settings import RowSettings
-
-WAVE = 64 if torch.version.hip else 32  # threads that run in step; AMD's data-centre GPUs have 64
-
-Scalar = float | Tensor
+from distil_fast import backends
+from distil_fast.backends import triton_launch
+from distil_fast.backends.gpu import DTYPES, check_temperature, raise_if_checking
+from distil_fast.backends.layout import PAIR_UNIT, Shape, check_inplace, cut, cut_gradient, raise_fault
+from distil_fast.backends.settings import LOG_PROBS, LOGITS, TAILS, RowSettings
+from distil_fast.backends.triton_launch import (
+    Rows,
+    Scalar,
+    Weighing,
+    aligned,
+    all_kernels,
+    arrange,
+    by_rows,
+    each_row,
+    group_for,
+    like_rows,
+    off,
+    reduce,
+    room,
+    scalar,
+    temperature_of,
+    vector,
+    weigh,
+)
 
 
 def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -37,163 +53,71 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "the Triton kernels" + (", in the interpreter: slow, for tests" if device.type == "cpu" else "")
 
 
-@functools.cache
-def _kernels() -> SimpleNamespace:
-    """The kernels and their launch shapes: not imported before they are needed, because Triton is not, either."""
-    names = "cosine", "divergences", "launch", "pairs", "prologue", "reduction", "rescale", "rows", "softmax"
-    modules = [vars(importlib.import_module(f"distil_fast.kernels.{name}")) for name in names]
-    return SimpleNamespace(**{name: value for module in modules for name, value in module.items()})
-
-
-# ------------------------------------------------------------------------------------------------ rows in memory
-
-
-class _Rows(NamedTuple):
-    """A tensor as a kernel takes it: from a pointer on a 16-byte boundary, `start` elements before the first row."""
-
-    head: Tensor | None
-    start: int = 0
-    outer: int = 0
-    row: int = 0
-
-
-def _rows(tensor: Tensor | None, matrix: tuple[int, int, int, int] | None) -> _Rows:
-    if tensor is None or matrix is None:
-        return _Rows(None)
-    address, _, outer, row = matrix
-    start = address % 16 // tensor.element_size()
-    if start == 0 or tensor.storage_offset() < start:  # memory of others may begin anywhere: then loads are narrower
-        return _Rows(tensor, 0, outer, row)
-    return _Rows(tensor.as_strided((1,), (1,), tensor.storage_offset() - start), start, outer, row)
-
-
-def _aligned(rows: _Rows, frame: _Rows, shape: Shape, group: int) -> bool:
-    """Whether every row begins as far from a 16-byte boundary as the frame's: see kernels/tiles.py."""
-    steps = [rows.start - frame.start]
-    if shape[0] > 1:
-        steps.append(rows.outer - frame.outer)
-    if shape[1] > 1:
-        steps.append(rows.row - frame.row)
-    return rows.head is None or all(step % group == 0 for step in steps)
-
-
-def _arrange(*tensors: Tensor | None) -> tuple[Shape, list[_Rows]]:
-    shape, matrices = geometry(*tensors)
-    return shape, [_rows(t, m) for t, m in zip(tensors, matrices, strict=True)]
-
-
-def _group(*tensors: Tensor | None) -> int:
-    return _kernels().group_of(*(t.element_size() for t in tensors if t is not None))
-
-
-def _like(values: Tensor) -> Tensor:
-    """Room for a gradient or another output of the values' shape."""
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Room for losses and weights: float32, on the device."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _each_row(kernel: Any, like: Tensor, shape: Shape, *args: Any, **constants: Any) -> None:
-    """One program for each row, on the tensor's device and its current stream."""
-    if rows := shape[0] * shape[1]:
-        with on_device_of(like):
-            kernel[(rows,)](*args, **constants, **_kernels().options_for_rows(shape[2], WAVE))
-
-
-def _once(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
-    """One program for all rows."""
-    with on_device_of(like):
-        kernel[(1,)](*args, **constants, **_kernels().options_for_vectors(WAVE))
-
-
-# ------------------------------------------------------------------------------------------------ scalars
-
-
-def _scalar(quantity: Scalar) -> Scalar:
-    """A number in float, or a tensor as it is: the kernel reads it."""
-    return quantity if isinstance(quantity, Tensor) else float(quantity)
-
-
-def _off(weight: Scalar) -> bool:
-    """Whether a weight is known to be 0 before any tensor is read."""
-    return not isinstance(weight, Tensor) and weight == 0.0
-
-
-def _temperature(temperature: Scalar) -> tuple[Scalar, bool]:
-    """The temperature, and whether it is one per row."""
-    if isinstance(temperature, Tensor) and temperature.dim():
-        return temperature.contiguous(), True
-    return _scalar(temperature), False
-
-
-def _vector(entries: Tensor | None) -> Tensor | None:
-    """One entry a row, of any dtype: the kernel converts."""
-    return None if entries is None else entries.contiguous()
-
-
-# ------------------------------------------------------------------------------------------------ weights
-
-
-class _Weighing(NamedTuple):
-    """What the prologue makes: five numbers a row, the gradient's unit (None: it is 1), and the fault record."""
-
-    weights: Tensor
-    unit: Tensor | None
-    fault: Tensor
-
-
-def _weigh(
-    shape: Shape,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    temperature: Scalar,
-    upstream: Tensor | None,
-    weights: tuple[Scalar, Scalar],
-    counts: tuple[Scalar, Scalar],
-    *,
-    like: Tensor,
-    ignore_index: int = -100,
-    soft: bool = True,
-    mean: bool,
-    t_squared: bool = False,
-    in_units: bool = False,
-) -> _Weighing:
-    """The prologue's launch. soft: whether there is a soft term; in_units: whether the gradient has a unit."""
-    rows = shape[0] * shape[1]
-    temperature, per_row = _temperature(temperature)
-    made = _Weighing(
-        _empty(like, (5, rows)),
-        _empty(like, ()) if in_units else None,
-        torch.empty(3, dtype=torch.float64, device=like.device),
-    )
-    above = None if upstream is None else upstream.expand(like.shape[:-1])
-    vectors = labels, _vector(mask), temperature, _vector(above)
-    numbers = (*map(_scalar, (*weights, *counts)), ignore_index, rows, shape[2])
-    constants = {"SOFT": soft, "PER_ROW": per_row, "MEAN": mean, "T_SQUARED": t_squared}
-    _once(_kernels().prologue_kernel, like, *vectors, *numbers, *made, **constants)
-    return made
-
-
-def _reduce(
-    soft_rows: Tensor,
-    hard_rows: Tensor | None,
-    weights: tuple[Scalar, Scalar],
-    loss: Tensor,
-    soft: Tensor,
-    hard: Tensor | None,
-    sizes: Tensor | None = None,
-    unit: Tensor | None = None,
-) -> None:
-    """The sums of the rows' values, the loss, and the unit for gradients of these sizes."""
-    rows = soft_rows.numel()
-    made = loss, soft, hard, sizes, unit
-    _once(_kernels().reduction_kernel, loss, soft_rows, hard_rows, *map(_scalar, weights), rows, *made)
-
-
 # ------------------------------------------------------------------------------------------------ the ops
+
+
+class _Call(NamedTuple):
+    """A loss over rows of logits between its prologue and its reduction."""
+
+    shape: Shape
+    rows: tuple[Rows, Rows, Rows]  # student, teacher, gradient
+    labels: Tensor | None
+    weights: tuple[Scalar, Scalar]
+    weighing: Weighing
+    grad: Tensor | None
+    totals: tuple[Tensor, Tensor, Tensor]  # loss, soft, hard
+    parts: tuple[Tensor | None, Tensor, Tensor]  # of each row; of the loss where nothing is reduced
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Scalar]:
+        """What a loss returns, after its rows' kernel."""
+        if self.parts[0] is None:
+            reduce(*self.parts[1:], self.weights, *self.totals)
+        return *self.totals, self.grad, 1.0 if self.weighing.unit is None else self.weighing.unit
+
+
+def _begin(
+    student: Tensor,
+    teacher: Tensor | None,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scalars: tuple[Scalar, Scalar, Scalar, Scalar, Scalar],
+    settings: RowSettings,
+    gradient: str,
+    upstream: Tensor | None,
+    *,
+    has_soft: bool,
+) -> _Call:
+    """Outputs and row weights. vectors: labels, soft mask, class weights; scalars: temperature, weights, counts."""
+    labels, soft_mask, class_weights = vectors
+    temperature, soft_weight, hard_weight, *counts = scalars
+    labels = None if off(hard_weight) else vector(labels)
+    if gradient == "inplace":
+        check_inplace(student, teacher)
+    grad = None if gradient == "no" else student if gradient == "inplace" else like_rows(student)
+    part = cut(settings.vocab_size, student, teacher)
+    shape, (s, t, g) = arrange(*part, cut_gradient(settings.vocab_size, grad))
+    weights = soft_weight, hard_weight
+    weighing = weigh(
+        shape,
+        labels,
+        soft_mask,
+        temperature,
+        upstream,
+        weights,
+        (counts[0], counts[1]),
+        like=student,
+        class_weights=None if labels is None else class_weights,
+        ignore_index=settings.ignore_index,
+        soft=has_soft,
+        mean=settings.reduction == "mean",
+        t_squared=settings.t_squared,
+        in_units=grad is not None and student.dtype == torch.float16 and upstream is None,
+    )
+    raise_if_checking(weighing.fault, shape[2], "soft_mask")
+    each = settings.reduction == "none"
+    loss, soft, hard = (room(student, student.shape[:-1] if each else ()) for _ in range(3))
+    rows = shape[0] * shape[1]
+    parts = (loss, soft, hard) if each else (None, room(student, (rows,)), room(student, (rows,)))
+    return _Call(shape, (s, t, g), labels, weights, weighing, grad, (loss, soft, hard), parts)
 
 
 def row_loss(
@@ -217,90 +141,173 @@ def row_loss(
     A count of -1 is counted on the device. gradient: "no", "fresh", or "inplace", which leaves it where the logits
     were; `upstream` multiplies each row's.
     """
-    teacher = None if _off(soft_weight) else teacher
-    labels = None if _off(hard_weight) else _vector(labels)
+    teacher = None if off(soft_weight) else teacher
     student = student.detach()
-    if gradient == "inplace":
-        check_inplace(student, teacher)
-    grad = None if gradient == "no" else student if gradient == "inplace" else _like(student)
-    part = cut(settings.vocab_size, student, teacher)
-    shape, (s, t, g) = _arrange(*part, cut_gradient(settings.vocab_size, grad))
-    weights = soft_weight, hard_weight
-    weighing = _weigh(
-        shape,
-        labels,
-        soft_mask,
-        temperature,
-        upstream,
-        weights,
-        (soft_count, hard_count),
-        like=student,
-        ignore_index=settings.ignore_index,
-        soft=teacher is not None,
-        mean=settings.reduction == "mean",
-        t_squared=settings.t_squared,
-        in_units=grad is not None and student.dtype == torch.float16 and upstream is None,
-    )
-    raise_if_checking(weighing.fault, shape[2], "soft_mask")
-    each, rows = settings.reduction == "none", shape[0] * shape[1]
-    loss, soft, hard = (_empty(student, student.shape[:-1] if each else ()) for _ in range(3))
-    soft_rows, hard_rows = (soft, hard) if each else _empty(student, (2, rows)).unbind()
-    vectors = labels, weighing.weights, rows, weighing.unit
-    numbers = (*map(_scalar, weights), float(settings.label_smoothing), float(settings.parameters[0]))
-    values = loss if each else None, soft_rows, hard_rows
-    constants = _row_constants(shape, (s, t, g), settings.divergence, labels is not None)
-    _each_row(_kernels().row_kernel, student, shape, *s, *t, *g, *shape[1:], *vectors, *numbers, *values, **constants)
-    if not each:
-        _reduce(soft_rows, hard_rows, weights, loss, soft, hard)
-    return loss, soft, hard, grad, 1.0 if weighing.unit is None else weighing.unit
+    vectors = labels, soft_mask, class_weights
+    scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
+    call = _begin(student, teacher, vectors, scalars, settings, gradient, upstream, has_soft=teacher is not None)
+    rows, faults = call.shape[0] * call.shape[1], None
+    if teacher is not None and settings.teacher_form != LOGITS:
+        faults = _verdicts(student, rows)
+    forms, factors = zip(*_transforms(settings), strict=True)
+    s, t, g = call.rows
+    pointers = (*s, *t, *g, *call.shape[1:], *factors[0], *factors[1])
+    constants = _row_constants(call, settings.divergence, forms)
+    numbers = _numbers(call, rows, settings)
+    each_row(all_kernels().row_kernel, student, call.shape, *pointers, *numbers, *call.parts, faults, **constants)
+    if faults is not None:
+        _raise_of_rows(faults, call.shape[2])
+    return call.finish()
 
 
-def _row_constants(shape: Shape, tensors: tuple[_Rows, _Rows, _Rows], divergence: str, hard: bool) -> dict[str, Any]:
+def _numbers(call: _Call, rows: int, settings: RowSettings) -> tuple[Any, ...]:
+    """What both kernels take behind their tensors."""
+    numbers = settings.label_smoothing, settings.z_loss, *settings.parameters
+    weighing = call.weighing.weights, rows, call.weighing.unit
+    return call.labels, *weighing, *map(scalar, call.weights), *map(float, numbers)
+
+
+def topk_loss(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    class_weights: Tensor | None,
+    temperature: Scalar,
+    soft_weight: Scalar,
+    hard_weight: Scalar,
+    soft_count: Scalar,
+    hard_count: Scalar,
+    settings: RowSettings,
+    shift: float,
+    tail: str,
+    *,
+    gradient: str = "no",
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Scalar]:
+    """`row_loss` with a teacher of k columns a row; shift: the divergence's.
+
+    Raises:
+        ValueError: k is above what the kernels compare in registers.
+    """
+    kernels, k = all_kernels(), ids.shape[-1]
+    if k > kernels.MOST:
+        raise ValueError(
+            f"TopK.ids: expected at most {kernels.MOST} entries a row, got {k}. "
+            "Keep fewer, or pass the whole distribution as LogProbs."
+        )
+    vectors = labels, soft_mask, class_weights
+    scalars = temperature, soft_weight, hard_weight, soft_count, hard_count
+    if off(soft_weight):
+        return row_loss(student, None, *vectors, *scalars, settings, gradient=gradient, upstream=upstream)
+    student = student.detach()
+    call = _begin(student, None, vectors, scalars, settings, gradient, upstream, has_soft=True)
+    shape, rows = call.shape, call.shape[0] * call.shape[1]
+    ids, log_probs, faults = ids.contiguous(), log_probs.contiguous(), _verdicts(student, rows)
+    options = kernels.options_for_order(k, triton_launch.WAVE)
+    ordered = torch.empty(rows, options["K"] + 1, dtype=torch.int32, device=student.device)
+    entries = ids, log_probs, call.weighing.weights, rows, shape[2], k, ordered, faults
+    by_rows(kernels.order_kernel, student, rows, *entries, **options)
+    _raise_of_rows(faults, shape[2])
+    (form, factors), (s, _, g) = _transforms(settings)[0], call.rows
+    group = group_for(s.head)
+    constants = {
+        "DIVERGENCE": kernels.DIVERGENCES[settings.divergence],
+        "CENTRED": settings.divergence in kernels.CENTRED,
+        "TAIL": TAILS.index(tail),
+        "HARD": call.labels is not None,
+        "FORM": form,
+        "VEC": group,
+        "ALIGNED": aligned(s, s if g.head is None else g, shape, group),
+        **kernels.options_for_topk(shape[2], k, triton_launch.WAVE),
+        **kernels.register_bound(triton_launch.WAVE, True),
+    }
+    pointers = (*s, *g, *shape[1:], *factors, ids, log_probs, k, ordered, faults)
+    numbers = *_numbers(call, rows, settings), float(shift)
+    by_rows(kernels.topk_kernel, student, rows, *pointers, *numbers, *call.parts, **constants)
+    return call.finish()
+
+
+def _transforms(settings: RowSettings) -> list[tuple[int, tuple[float, float]]]:
+    """The student's and the teacher's form of kernels/transforms.py, with its two numbers."""
+    kernels = all_kernels()
+
+    def of(scale: float, cap: float) -> tuple[int, tuple[float, float]]:
+        if cap:
+            return kernels.CAPPED.value, (scale / cap, float(cap))
+        return (kernels.PLAIN if scale == 1.0 else kernels.SCALED).value, (float(scale), 0.0)
+
+    student, teacher = of(*settings.transforms[:2]), of(*settings.transforms[2:])
+    if settings.teacher_form != LOGITS:  # at the temperature already: the kernel multiplies with it
+        form = kernels.SCALED if settings.teacher_form == LOG_PROBS else kernels.LOGARITHM
+        teacher = form.value, (0.0, 0.0)
+    return [student, teacher]
+
+
+def _verdicts(like: Tensor, rows: int) -> Tensor:
+    """Room for the faults of a teacher's rows: kernels/faults.py."""
+    return torch.empty(2, rows, dtype=torch.float64, device=like.device)
+
+
+def _raise_of_rows(faults: Tensor, cols: int) -> None:
+    """In the checking mode: wait for what a kernel has found in the teacher's rows."""
+    if backends.checking():
+        kinds, values = faults.tolist()
+        row = next((row for row, kind in enumerate(kinds) if kind), None)
+        if row is not None:
+            raise_fault((kinds[row], row, values[row]), cols=cols)
+
+
+def _row_constants(call: _Call, divergence: str, forms: tuple[int, int]) -> dict[str, Any]:
     """What the row kernel is compiled for."""
-    kernels = _kernels()
-    s, t, g = tensors
-    frame, group = s if g.head is None else g, _group(s.head, t.head)
+    kernels = all_kernels()
+    s, t, g = call.rows
+    frame, group = s if g.head is None else g, group_for(s.head, t.head)
+    made = [form != kernels.PLAIN.value for form in forms]
     return {
         "DIVERGENCE": kernels.DIVERGENCES[divergence],
         "CENTRED": divergence in kernels.CENTRED,
-        "EXACT": all(x.head is None or x.head.itemsize == 2 for x in (s, t)),
+        "EXACT": not any(made) and all(x.head is None or x.head.itemsize == 2 for x in (s, t)),
+        "FORM_S": forms[0],
+        "FORM_T": forms[1],
         "SOFT": t.head is not None,
-        "HARD": hard,
+        "HARD": call.labels is not None,
         "VEC": group,
-        "ALIGNED_S": _aligned(s, frame, shape, group),
-        "ALIGNED_T": _aligned(t, frame, shape, group),
-        **kernels.register_bound(WAVE),
+        "ALIGNED_S": aligned(s, frame, call.shape, group),
+        "ALIGNED_T": aligned(t, frame, call.shape, group),
+        **kernels.register_bound(triton_launch.WAVE, divergence in kernels.HEAVY or any(made)),
     }
 
 
 def rescale(grad: Tensor, grad_output: Tensor, unit: Scalar) -> None:
     """grad *= grad_output * unit, in place; nothing is touched where the product, which the device knows, is 1."""
-    shape, (g,) = _arrange(grad)
-    factors = grad_output, _scalar(unit)
-    _each_row(_kernels().rescale_kernel, grad, shape, *g, *shape[1:], *factors, VEC=_group(grad))
+    shape, (g,) = arrange(grad)
+    factors = grad_output, scalar(unit)
+    each_row(all_kernels().rescale_kernel, grad, shape, *g, *shape[1:], *factors, VEC=group_for(grad))
 
 
 def softmax(logits: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
     """softmax(logits / temperature), or its logarithm, in the logits' dtype."""
-    out = _like(logits)
-    shape, (x, y) = _arrange(logits.detach(), out)
+    out = like_rows(logits)
+    shape, (x, y) = arrange(logits.detach(), out)
     check_temperature(temperature, shape[2])
-    number, per_row = _temperature(temperature)
-    group = _group(logits)
-    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, "ALIGNED": _aligned(x, y, shape, group)}
-    _each_row(_kernels().softmax_kernel, logits, shape, *x, *y, *shape[1:], number, **constants)
+    number, per_row = temperature_of(temperature)
+    group = group_for(logits)
+    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, "ALIGNED": aligned(x, y, shape, group)}
+    each_row(all_kernels().softmax_kernel, logits, shape, *x, *y, *shape[1:], number, **constants)
     return out
 
 
 def softmax_backward(out: Tensor, grad_out: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
     """The logits' gradient from the output and its gradient."""
-    grad = _like(out)
-    shape, (y, u, x) = _arrange(out, grad_out.contiguous(), grad)  # upstream gradients come with any strides
-    number, per_row = _temperature(temperature)
-    group = _group(out, grad_out)
-    aligned = {"ALIGNED_Y": _aligned(y, x, shape, group), "ALIGNED_U": _aligned(u, x, shape, group)}
-    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, **aligned}
-    _each_row(_kernels().softmax_backward_kernel, out, shape, *y, *u, *x, *shape[1:], number, **constants)
+    grad = like_rows(out)
+    shape, (y, u, x) = arrange(out, grad_out.contiguous(), grad)  # upstream gradients come with any strides
+    number, per_row = temperature_of(temperature)
+    group = group_for(out, grad_out)
+    flags = {"ALIGNED_Y": aligned(y, x, shape, group), "ALIGNED_U": aligned(u, x, shape, group)}
+    constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, **flags}
+    each_row(all_kernels().softmax_backward_kernel, out, shape, *y, *u, *x, *shape[1:], number, **constants)
     return grad
 
 
@@ -323,11 +330,11 @@ def pair_loss(
     fp16 gradient depends on the norms of all rows: there the gradient is a launch of its own.
     """
     student = student.detach()
-    grad = _like(student) if gradient else None
-    shape, (s, t, g) = _arrange(student, teacher, grad)
+    grad = like_rows(student) if gradient else None
+    shape, (s, t, g) = arrange(student, teacher, grad)
     each = reduction == "none"
     in_units = grad is not None and student.dtype == torch.float16 and upstream is None and not each
-    weights, unit, fault = _weigh(
+    weights, unit, fault = weigh(
         shape,
         None,
         mask,
@@ -340,32 +347,32 @@ def pair_loss(
         in_units=in_units and kind != "cosine",
     )
     raise_if_checking(fault, shape[2], "mask")
-    loss, term = (_empty(student, student.shape[:-1] if each else ()) for _ in range(2))
+    loss, term = (room(student, student.shape[:-1] if each else ()) for _ in range(2))
     launch = functools.partial(_pair_rows, student, shape, (s, t), weights, weight, kind, scale)
     if each:
         launch(g, loss=loss, term=term)
         return loss, term, grad, 1.0
-    parts = _empty(student, (shape[0] * shape[1],))
+    parts = room(student, (shape[0] * shape[1],))
     if in_units and kind == "cosine":
-        sizes, unit = torch.empty_like(parts), _empty(student, ())
-        launch(_Rows(None), term=parts, sizes=sizes)
-        _reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
+        sizes, unit = torch.empty_like(parts), room(student, ())
+        launch(Rows(None), term=parts, sizes=sizes)
+        reduce(parts, None, (weight, 0.0), loss, term, None, sizes, unit)
         launch(g, unit=unit)
     else:
         launch(g, unit=unit, term=parts)
-        _reduce(parts, None, (weight, 0.0), loss, term, None)
+        reduce(parts, None, (weight, 0.0), loss, term, None)
     return loss, term, grad, 1.0 if unit is None else unit
 
 
 def _pair_rows(
     student: Tensor,
     shape: Shape,
-    pair: tuple[_Rows, _Rows],
+    pair: tuple[Rows, Rows],
     weights: Tensor,
     weight: Scalar,
     kind: str,
     scale: float,
-    g: _Rows,
+    g: Rows,
     *,
     unit: Tensor | None = None,
     loss: Tensor | None = None,
@@ -374,12 +381,12 @@ def _pair_rows(
 ) -> None:
     """One launch over the rows: values, gradient, or both."""
     s, t = pair
-    kernels, frame, group = _kernels(), s if g.head is None else g, _group(s.head, t.head)
-    aligned = {"ALIGNED_S": _aligned(s, frame, shape, group), "ALIGNED_T": _aligned(t, frame, shape, group)}
-    given = (*s, *t, *g, *shape[1:], weights, shape[0] * shape[1], unit, _scalar(weight))
+    kernels, frame, group = all_kernels(), s if g.head is None else g, group_for(s.head, t.head)
+    flags = {"ALIGNED_S": aligned(s, frame, shape, group), "ALIGNED_T": aligned(t, frame, shape, group)}
+    given = (*s, *t, *g, *shape[1:], weights, shape[0] * shape[1], unit, scalar(weight))
     if kind == "cosine":
-        _each_row(kernels.cosine_kernel, student, shape, *given, loss, term, sizes, VEC=group, **aligned)
+        each_row(kernels.cosine_kernel, student, shape, *given, loss, term, sizes, VEC=group, **flags)
     else:
-        constants = {"PAIR": kernels.PAIRS[kind], "FIRST": kind in kernels.HAVE_FIRST, "VEC": group, **aligned}
-        bound = kernels.register_bound(WAVE)
-        _each_row(kernels.entries_kernel, student, shape, *given, scale, loss, term, **constants, **bound)
+        constants = {"PAIR": kernels.PAIRS[kind], "FIRST": kind in kernels.HAVE_FIRST, "VEC": group, **flags}
+        bound = kernels.register_bound(triton_launch.WAVE)
+        each_row(kernels.entries_kernel, student, shape, *given, scale, loss, term, **constants, **bound)

@@ -65,10 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
             results.save(found, arguments.json)
     report.show(found, console, markdown=arguments.suite == "show" and arguments.markdown)
     if arguments.png:
-        from distil_fast.bench import plot
+        from distil_fast.bench import plot, plot_vocabulary
 
+        over_vocabulary = any(found.row(case.name, "ours") for case in plot_vocabulary.cases())
         try:
-            plot.save(found, arguments.png)
+            (plot_vocabulary if over_vocabulary else plot).save(found, arguments.png)
         except ValueError as error:
             raise SystemExit(f"bench: no {arguments.png}: {error}.") from None
     return int(any(row.is_our_fault for row in found.rows))

@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
-from distil_fast.bench import cases, plot, report, targets
+from distil_fast.bench import cases, plot, plot_vocabulary, report, targets
 from distil_fast.bench import results as results_module
 from distil_fast.bench.correctness import Errors
 from distil_fast.bench.measure import Timing
@@ -161,3 +161,27 @@ def test_the_picture(results: Results, tmp_path: Path) -> None:
     colours = {tuple((255 * pixel[:3]).round().astype(int)) for pixel in image.reshape(-1, 4)[::7]}
     for colour in (*plot.COLOURS.values(), plot.FLOOR):  # every bar and the floor are in it
         assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in colours
+
+
+def test_the_picture_over_vocabularies_has_a_line_for_everyone(tmp_path: Path) -> None:
+    rows = [
+        Row(
+            case.name,
+            name,
+            0,
+            40.0,
+            timing=Timing(t, t, t, 9),
+            peak_extra_bytes=None if name == "products" else t << 20,
+        )
+        for case in plot_vocabulary.cases()
+        for number, name in enumerate(plot_vocabulary.LINES)
+        if (t := case.cols * (number + 1) // 100)
+    ]
+    results = Results(rows, "copy", machine={"cpu": "a", "threads": 2, "torch": "2"}, date="2026-11-23")
+    plot_vocabulary.save(results, tmp_path / "v.png")
+    image = matplotlib.image.imread(tmp_path / "v.png")
+    for colour in plot_vocabulary.LINES.values():
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(image[..., :3] - wanted).max(-1) < 0.02).any(), colour
+    with pytest.raises(ValueError, match="at least two vocabularies"):
+        plot_vocabulary.save(Results(rows[: len(plot_vocabulary.LINES)], "copy"), tmp_path / "v.png")

@@ -20,7 +20,8 @@ from tests.cuda import emulated
 # Of the last, most rows are too large for shared memory.
 DEVICES = {"sm_90": (9, 227 << 10, 3), "sm_80": (8, 163 << 10, 2), "sm_80, little memory": (8, 30 << 10, 3)}
 QUICK = ("test_matrix[", "test_a_bad_row", "test_softmax_", "test_cosine_values", "test_pair_values")
-OPS = ("row_loss", "rescale", "softmax", "softmax_backward", "pair_loss")
+MATRICES = ("test_options_matrix.py", "test_topk_matrix.py")  # of these, all on sm_90
+OPS = ("row_loss", "topk_loss", "rescale", "softmax", "softmax_backward", "pair_loss")
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +57,7 @@ def instruction_set(request: pytest.FixtureRequest, emulation: ModuleType) -> It
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The CPU's tests on emulated devices take minutes: on sm_90 the matrix itself runs always, the rest is slow."""
     for item in items:
-        name = item.name
-        if item.path.name == "test_matrix.py" and not ("sm_90" in name and name.startswith(QUICK)):
+        name, file = item.name, item.path.name
+        quick = "sm_80" not in name if file in MATRICES else "sm_90" in name and name.startswith(QUICK)
+        if file in ("test_matrix.py", *MATRICES) and not quick:
             item.add_marker(pytest.mark.slow)

@@ -4,6 +4,7 @@
 // one, and memory is sequentially consistent. Next: emu_engine.h, the engines; csrc/cuda/hw.cuh, what is emulated.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -48,6 +49,8 @@ inline T shuffle_xor(T value, int mask) {
   warp.barrier.meet();
   return value;
 }
+
+inline uint32_t atomic_or(uint32_t* at, uint32_t bits) { return std::atomic_ref<uint32_t>(*at).fetch_or(bits); }
 
 inline float load_peer(const float* mine, int peer) {
   const auto offset = reinterpret_cast<const unsigned char*>(mine) - shared();

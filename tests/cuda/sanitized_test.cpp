@@ -109,6 +109,87 @@ void row_loss(int64_t cols, DType dtype, DType teacher_dtype, bool inplace, doub
   expect(fault[0] == 0.0, what + ": a fault");
 }
 
+// A softcap, log-probabilities and a divergence that is chosen at run time: the kernel that serves all of them.
+void any_row_loss(int64_t cols) {
+  const std::string what = "softcap and log-probabilities, " + std::to_string(cols) + " columns";
+  Values s(cols, cols + 1, DType::f32, 12), p(cols, cols, DType::f32, 13), grad(cols, cols, DType::f32, 14);
+  for (int64_t row = 0; row < rows; ++row) {
+    const double z = log_sum(p, row, cols, 1.0);
+    for (int64_t j = 0; j < cols; ++j) p.f32[row * cols + j] -= static_cast<float>(z);
+  }
+  p.f32[2 * cols] = 0.5f;  // no distribution
+  std::vector<float> workspace(row_workspace_cuda(rows)), loss(rows), soft(rows);
+  double fault[3];
+  CudaRowLoss call;
+  RowLoss& c = call.numbers;
+  set_shape(c, cols);
+  c.student = s.matrix(), c.teacher = p.matrix(), c.grad = grad.matrix();
+  c.student_transform = {1.5, 3.0}, c.teacher_form = TeacherForm::log_probs, c.temperature = 2.0;
+  c.reduction = Reduction::none, c.t_squared = false;
+  c.loss = loss.data(), c.soft = soft.data();
+  call.fault = fault, call.workspace = workspace.data();
+  if (const char* error = row_loss_cuda(call)) return expect(false, what + ": " + error);
+  for (int64_t row = 0; row < rows; ++row) {
+    Values y = s;
+    for (int64_t j = 0; j < cols; ++j) y.f32[row * y.step + j] = 3.0f * std::tanh(0.5f * s.f32[row * s.step + j]);
+    const double of_s = log_sum(y, row, cols, 2.0);
+    double total = 0.0;
+    for (int64_t j = 0; j < cols; ++j) {
+      const double log_q = y.at(row, j) / 2.0 - of_s, log_p = p.at(row, j), slope = y.at(row, j) / 3.0;
+      total += std::exp(log_p) * (log_p - log_q);
+      const double by = 1.5 * (1.0 - slope * slope) * (std::exp(log_q) - std::exp(log_p)) / 2.0;
+      if (!close(grad.at(row, j), row == 2 ? 0.0 : by, 1e-3, 1e-3)) return expect(false, what + ": gradient");
+    }
+    expect(row == 2 ? std::isnan(loss[row]) : close(loss[row], total, 0.1, 1e-5), what + ": value");
+  }
+  expect(fault[0] == static_cast<double>(FaultKind::teacher_mass) && fault[1] == 2.0, what + ": fault");
+}
+
+// Forward KL over three ids and the bucket of the others, in place; row 2 has one of them twice.
+void topk(int64_t cols, DType dtype) {
+  const std::string what = "top-k, " + std::to_string(cols) + " columns";
+  Values s(cols, cols + 1, dtype, 15);
+  const Values student = s;
+  const double probs[3] = {0.5, 0.2, 0.1}, tail = 0.2;
+  std::vector<int64_t> ids(3 * rows), labels = {0, -100, 1, cols - 1};
+  std::vector<float> log_probs(3 * rows), workspace(row_workspace_cuda(rows)), loss(rows), soft(rows), hard(rows);
+  for (int64_t i = 0; i < 3 * rows; ++i) {
+    ids[i] = i / 3 == 2 ? cols / 2 : (i % 3 * (cols - 1)) / 2;
+    log_probs[i] = static_cast<float>(std::log(probs[i % 3]));
+  }
+  double fault[3];
+  CudaTopKLoss call;
+  RowLoss& c = call.rows.numbers;
+  set_shape(c, cols);
+  c.student = c.grad = s.matrix(), c.labels = labels.data(), c.temperature = 2.0, c.hard_weight = 1.5;
+  c.reduction = Reduction::none, c.t_squared = false;
+  c.loss = loss.data(), c.soft = soft.data(), c.hard = hard.data();
+  call.rows.fault = fault, call.rows.workspace = workspace.data();
+  call.teacher.k = 3, call.teacher.ids = ids.data(), call.teacher.log_probs = log_probs.data();
+  call.teacher.shift = 1.0;
+  if (const char* error = topk_loss_cuda(call)) return expect(false, what + ": " + error);
+  for (int64_t row = 0; row < rows; ++row) {
+    const double of_s = log_sum(student, row, cols, 2.0), of_h = log_sum(student, row, cols, 1.0);
+    double inside = 0.0, total = 0.0;
+    for (int64_t i = 0; i < 3; ++i) {
+      const double log_q = student.at(row, ids[3 * row + i]) / 2.0 - of_s;
+      inside += std::exp(log_q), total += probs[i] * (std::log(probs[i]) - log_q);
+    }
+    total += tail * (std::log(tail) - std::log(1.0 - inside));
+    for (int64_t j = 0; j < cols; ++j) {
+      const double q = std::exp(student.at(row, j) / 2.0 - of_s);
+      double p = tail * q / (1.0 - inside);
+      for (int64_t i = 0; i < 3; ++i) p = ids[3 * row + i] == j ? probs[i] : p;
+      const double h = labels[row] < 0 ? 0.0 : std::exp(student.at(row, j) - of_h) - (labels[row] == j);
+      const double expected = row == 2 ? 0.0 : (q - p) / 2.0 + 1.5 * h;
+      if (!close(s.at(row, j), expected, 1e-3, dtype == DType::f32 ? 1e-4 : 1e-2))
+        return expect(false, what + ": gradient");
+    }
+    expect(row == 2 ? std::isnan(soft[row]) : close(soft[row], total, 0.1, 1e-5), what + ": value");
+  }
+  expect(fault[0] == static_cast<double>(FaultKind::topk_id) && fault[1] == 2.0, what + ": fault");
+}
+
 void rescale(int64_t cols) {
   Values x(cols, cols, DType::bf16, 4);
   const Values before = x;
@@ -205,6 +286,8 @@ int main() {
         row_loss(cols, DType::bf16, DType::bf16, inplace, 2.0);
         row_loss(cols, DType::f32, DType::bf16, inplace, 1.0);
       }
+      any_row_loss(cols);
+      if (cols > 4) topk(cols, DType::f32), topk(cols, DType::bf16);
       rescale(cols);
       softmax(cols);
       if (cols > 1) cosine(cols);

@@ -64,7 +64,7 @@ def test_temperature_per_row() -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_unit_is_the_cpus_and_stays_on_the_device(dtype: torch.dtype) -> None:
     student, teacher, labels = case(dtype=dtype)
-    args = (None, 2.0, 0.7, 1.3, -1.0, -1.0, -100, "forward_kl", 0.0, True, 0.0, "mean")
+    args = calls.after_labels(labels, {"soft_weight": 0.7, "hard_weight": 1.3})
     *_, grad, unit = cuda.row_loss(student, teacher, labels, *args, gradient="fresh")
     if dtype == torch.float16:
         assert isinstance(unit, Tensor)
@@ -75,6 +75,9 @@ def test_unit_is_the_cpus_and_stays_on_the_device(dtype: torch.dtype) -> None:
     assert grad is not None
     *_, unit = cuda.row_loss(student, teacher, labels, *args, gradient="fresh", upstream=torch.ones(6))
     assert unit == 1.0
+    args = calls.after_labels(labels, {"soft_weight": 0.7, "hard_weight": 1.3, "student_logit_scale": 0.125})
+    *_, unit = cuda.row_loss(student, teacher, labels, *args, gradient="fresh")
+    assert float(unit) == (2.0 ** (math.ceil(math.log2((0.7 * 2 + 1.3) / 6)) - 9) if dtype == torch.float16 else 1.0)
     *_, unit = cuda.pair_loss(student, teacher, None, 1.0, -1.0, "cosine", 1.0, "mean", gradient=True)
     assert isinstance(unit, Tensor) == (dtype == torch.float16)
 
@@ -109,6 +112,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "mask negative": ({"soft_mask": -0.5}, "soft_mask: expected finite token weights >= 0, got -0.5 in row 4"),
     "mask nan": ({"soft_mask": math.nan}, "got nan in row 4"),
     "mask infinite": ({"soft_mask": math.inf}, "got inf in row 4"),
+    "class weight negative": (
+        {"class_weights": -0.5},
+        "class_weights: expected finite weights >= 0, got -0.5 for class 36",
+    ),
+    "class weight nan": ({"class_weights": math.nan}, "class_weights: .*, got nan for class 36"),
     "temperature 0": ({"temperature": 0.0}, "temperature: expected a number > 0 .*, got 0.0 in row 4"),
     "temperature nan": ({"temperature": math.nan}, "temperature: .*, got nan in row 4"),
     "temperature negative": ({"temperature": -2.0}, "temperature: .*, got -2.0 in row 4"),
@@ -116,11 +124,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def with_fault(values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """A call of six rows, with these values in row 4."""
+    """A call of six rows, with these values in row 4; a class weight is that of row 4's label, which is no other's."""
     student, teacher, labels = case()
-    settings = {"soft_mask": torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0]), "temperature": torch.full((6,), 2.0)}
+    labels[:] = torch.tensor([1, 0, 3, 1, 36, 2])
+    settings = {
+        "soft_mask": torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0]),
+        "temperature": torch.full((6,), 2.0),
+        "class_weights": torch.linspace(0.5, 2.0, 37),
+    }
     for name, value in values.items():
-        (labels if name == "labels" else settings[name])[4] = value
+        (labels if name == "labels" else settings[name])[36 if name == "class_weights" else 4] = value
     return student, teacher, labels, settings
 
 
@@ -165,6 +178,65 @@ def test_the_checking_mode_in_the_other_ops() -> None:
         with pytest.raises(ValueError, match=r"temperature: .*, got inf in row 2"):
             cuda.softmax(student, temperature, False)
         call(student, teacher, None)
+
+
+def test_class_weights_of_labels_that_no_row_has_are_not_read() -> None:
+    student, teacher, labels = case()
+    weights = torch.full((37,), math.nan)
+    weights[labels] = torch.arange(6.0)
+    weights[labels[2]] = 0.0
+    truth = oracle.exact(student, teacher, labels, class_weights=weights)
+    with backends.checked():
+        call(student, teacher, labels, class_weights=weights).check(truth, "class weights")
+
+
+FLAWS = {"probs": ("too much", "negative", "nan", "-inf", "nothing"), "log_probs": ("too much", "nan", "nothing")}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("form", "flaw"), [(form, flaw) for form, flaws in FLAWS.items() for flaw in flaws])
+def test_a_row_that_is_no_distribution_is_nan_alone_and_has_no_gradient(
+    instruction_set: str, form: str, flaw: str, reduction: str
+) -> None:
+    student, teacher, labels = case(size=1500)
+    probs = (teacher / 2.0).softmax(-1)
+    settings: dict[str, Any] = {"teacher_form": form, "reduction": reduction, "student_softcap": 4.0}
+    if reduction == "mean":
+        settings |= {"soft_count": 6.0, "hard_count": 6.0}  # as many with the row as without
+    with_mask = {**settings, "soft_mask": torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0])}
+    of_form = torch.log if form == "log_probs" else torch.clone
+    expected = call(student, of_form(probs), labels, **with_mask)
+    with backends.checked():
+        call(student, of_form(probs), labels, **with_mask)
+    bad = of_form(probs)
+    if flaw == "too much":
+        bad[4] = of_form(1.002 * probs[4])
+    elif flaw == "nothing":
+        bad[4] = of_form(torch.zeros(1500))
+    else:
+        bad[4, 1499] = {"negative": -1e-6, "nan": math.nan, "-inf": -math.inf}[flaw]
+    found = call(student, bad, labels, **settings)
+    assert (found.grad[4] == 0).all()
+    others = torch.arange(6) != 4
+    assert same(found.grad[others], expected.grad[others])
+    assert found.values["soft"].isnan().equal(~others if reduction == "none" else torch.tensor(True))
+    assert found.values["loss"].isnan().equal(~others if reduction == "none" else torch.tensor(True))
+    message = "teacher_logits: expected probabilities >= 0 .* sum to at most 1, got a sum of .* in row 4"
+    with backends.checked(), pytest.raises(ValueError, match=message):
+        call(student, bad, labels, **settings)
+    masked = call(student, bad, labels, **with_mask)
+    assert same(masked.grad, expected.grad)
+
+
+def test_16_bits_may_sum_to_a_little_more() -> None:
+    student, teacher, labels = case(dtype=torch.bfloat16)
+    for dtype, excess in ((torch.bfloat16, 1.04), (torch.float16, 1.008)):
+        probs = excess * (teacher.double() / 2.0).softmax(-1)
+        for form, given in (("probs", probs), ("log_probs", probs.log())):
+            with backends.checked():
+                call(student, given.to(dtype), labels, teacher_form=form)
+                with pytest.raises(ValueError, match=r"got a sum of 1\.0"):
+                    call(student, given.float(), labels, teacher_form=form)
 
 
 def test_counts_that_leave_nothing() -> None:

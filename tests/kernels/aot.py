@@ -28,6 +28,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from distil_fast.backends import triton as backend
+from distil_fast.backends import triton_launch
+from distil_fast.backends.settings import RowSettings
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,7 +62,7 @@ def record(call: Callable[[], object], target: str = "sm_90") -> list[Launch]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(backend, "WAVE", TARGETS[target].warp_size),
+        mock.patch.object(triton_launch, "WAVE", TARGETS[target].warp_size),
     ):
         call()
     return launches
@@ -152,13 +154,37 @@ def row_loss(
     cols: int = ODD,
     padding: int = 0,
     target: str = "sm_90",
+    options: dict[str, Any] | None = None,
+    class_weights: torch.Tensor | None = None,
     **how: Any,
 ) -> list[Launch]:
-    """The launches of one row loss; `padding` makes the teacher's rows incongruent to the student's."""
+    """The launches of one row loss; `padding` makes the teacher's rows incongruent to the student's, `options` are
+    further settings."""
     labels = torch.zeros(4, dtype=torch.int64)
-    args = (2.0, *terms, -1.0, -1.0, -100, divergence, 0.5, True, 0.1, "mean")
+    settings = RowSettings(divergence=divergence, parameters=(0.5, 0.5), label_smoothing=0.1, **(options or {}))
     pair = rows(student, cols), rows(teacher, cols, padding)
-    return record(lambda: backend.row_loss(*pair, labels, None, *args, **{"gradient": "fresh", **how}), target)
+    args = (*pair, labels, None, class_weights, 2.0, *terms, -1.0, -1.0, settings)
+    return record(lambda: backend.row_loss(*args, **{"gradient": "fresh", **how}), target)
+
+
+def topk_loss(
+    student: torch.dtype,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    k: int = 64,
+    *,
+    cols: int = ODD,
+    terms: tuple[float, float] = (0.5, 0.5),
+    target: str = "sm_90",
+    options: dict[str, Any] | None = None,
+    gradient: str = "fresh",
+) -> list[Launch]:
+    """The launches of one loss with a top-k teacher."""
+    settings = RowSettings(divergence=divergence, parameters=(0.5, 0.5), label_smoothing=0.1, **(options or {}))
+    entries = torch.zeros(4, k, dtype=torch.int64), torch.zeros(4, k)
+    labels = torch.zeros(4, dtype=torch.int64)
+    args = (rows(student, cols), *entries, labels, None, None, 2.0, *terms, -1.0, -1.0, settings, 1.0, tail)
+    return record(lambda: backend.topk_loss(*args, gradient=gradient), target)
 
 
 def softmaxes(dtype: torch.dtype, logarithm: bool, target: str = "sm_90", padding: int = 0) -> list[Launch]:

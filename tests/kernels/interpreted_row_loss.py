@@ -15,7 +15,7 @@ import torch
 
 from distil_fast.backends import triton as backend
 from distil_fast.kernels import launch
-from tests import oracle
+from tests import calls, oracle
 from tests.kernels.interpreter import HALVES, MIXES, Guarded, check, row_loss
 
 TEMPERATURES = (2.0, 1.0, 3.7, 0.5)
@@ -80,6 +80,15 @@ def test_a_vocabulary(mix: tuple[torch.dtype, torch.dtype], divergence: str, kin
     """V = 30522: its rows begin on a 16-byte boundary only by chance, and one row takes many tiles."""
     student, teacher, labels = case(kind, (2, 30522), mix)
     check(student, teacher, labels, kind, divergence=oracle.DIVERGENCES[divergence], temperature=3.7)
+
+
+@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize("divergence", oracle.EXTREMES)
+def test_extreme_parameters(divergence: str, kind: str) -> None:
+    turn = list(oracle.EXTREMES).index(divergence)
+    student, teacher, labels = case(kind, (2, SIZES[2 + turn % 3]), MIXES[0])
+    settings = {"divergence": oracle.EXTREMES[divergence], "temperature": TEMPERATURES[turn % 4]}
+    check(student, teacher, labels, kind, **settings)
 
 
 @pytest.mark.parametrize("divergence", oracle.DIVERGENCES)
@@ -270,9 +279,9 @@ def test_the_unit_of_an_fp16_gradient(weight: float) -> None:
     from distil_fast.backends import native
 
     student, teacher, labels = case("plain", (3, 50), (torch.float16, torch.float32))
-    settings = (2.0, weight, 0.5 * weight, -1.0, -1.0, -100, "forward_kl", 0.0, True, 0.0, "mean")
+    arguments = calls.after_labels(labels, {"soft_weight": weight, "hard_weight": 0.5 * weight})
     mine, theirs = (
-        module.row_loss(student, teacher, labels, None, *settings, gradient="fresh")[-1] for module in (backend, native)
+        module.row_loss(student, teacher, labels, *arguments, gradient="fresh")[-1] for module in (backend, native)
     )
     assert mine.shape == ()
     assert mine.item() == theirs
