@@ -1,7 +1,7 @@
 // pairs.h: THE MATHS of losses that compare two tensors entry by entry, one functor each: (s, t) -> {f, first, g}, with
 // the row's value = sum f + sum first, and g its derivative by s. `first` is what is of first order in s - t and cancels
 // over the row: its sum is to be exact. Knows nothing of rows, scales, dtypes or vector width; `V` is a vector of any
-// width or a scalar, as in divergences.h. Derivations and limits: docs/math.md, section 8.
+// width or a scalar, as in divergences.h. Derivations and limits: docs/math.md, section 9.
 #pragma once
 
 #ifndef DISTIL_FAST_FN

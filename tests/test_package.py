@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
         "reference_topk",
         "teachers",
     },
-    "parallel": {"backends", "checks", "ops", "options", "reference", "reference_pairs"},
+    "parallel": {"backends", "checks", "ops", "options", "products", "reference", "reference_pairs"},
     "modules": {"functional", "hidden", "reference", "teachers"},
     "linear_modules": {"linear", "modules", "reference", "teachers"},
     "parallel_modules": {"modules", "parallel", "reference"},

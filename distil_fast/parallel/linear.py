@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distil_fast import checks, ops
+from distil_fast import checks, ops, products
 from distil_fast.backends.layout import real_dtype
 from distil_fast.parallel import agreement, conduct
 from distil_fast.parallel.agreement import Place, Ranks
@@ -32,8 +32,7 @@ class Head(NamedTuple):
     bias: Tensor | None
 
     def logits(self, chunk: slice) -> Tensor:
-        logits = torch.mm(self.hidden[chunk].to(self.weight.dtype), self.weight.t())
-        return logits if self.bias is None else logits.add_(self.bias)
+        return products.logits(self.hidden[chunk].to(self.weight.dtype), self.weight, self.bias, wide=True)
 
 
 class Heads(NamedTuple):
@@ -55,75 +54,34 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
-    @staticmethod
-    def wanted(heads: Heads, wants: tuple[bool, bool, bool]) -> Gradients:
-        head, real = heads.student, heads.student.weight.dtype
-        like = [x if want else None for x, want in zip(head, wants, strict=True)]
-        return Gradients(*(x if x is None else torch.zeros_like(x, dtype=real) for x in like))
 
-    def add(self, heads: Heads, chunk: slice, of_logits: Tensor) -> None:
-        head = heads.student
+class Sums:
+    """The gradients while chunks are added."""
+
+    def __init__(self, head: Head, wants: tuple[bool, bool, bool]) -> None:
+        real = head.weight.dtype
+        self.head = head
+        self.hidden = torch.zeros_like(head.hidden, dtype=real) if wants[0] else None
+        self.weight = (
+            products.WeightGradient(head.weight.shape[0], head.hidden.new_empty(0, head.hidden.shape[1], dtype=real))
+            if wants[1]
+            else None
+        )
+        self.bias = torch.zeros_like(head.bias) if wants[2] and head.bias is not None else None
+
+    def add(self, chunk: slice, of_logits: Tensor) -> None:
+        head = self.head
         if self.hidden is not None:
-            torch.mm(of_logits, head.weight, out=self.hidden[chunk])
+            self.hidden[chunk] = products.hidden_gradient(of_logits, head.weight)
         if self.weight is not None:
-            self.weight.addmm_(of_logits.t(), head.hidden[chunk].to(self.weight.dtype))
+            self.weight.add(of_logits, head.hidden[chunk].to(head.weight.dtype))
         if self.bias is not None:
             self.bias.add_(of_logits.sum(0))
 
-
-def _check_head(model: str, hidden: object, weight: object, bias: object) -> None:
-    checks.check_values(f"{model}_hidden", hidden)
-    checks.check_values(f"{model}_weight", weight)
-    assert isinstance(hidden, Tensor)
-    assert isinstance(weight, Tensor)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
-        raise ValueError(
-            f"{model}_weight: expected this rank's rows of the head, [V_r, {hidden.shape[-1]}] with V_r >= 1 beside "
-            f"{model}_hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}."
-        )
-    if bias is not None:
-        checks.check_values(f"{model}_bias", bias)
-        assert isinstance(bias, Tensor)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{model}_bias: expected shape {tuple(weight.shape[:1])}, one entry per row of {model}_weight, got "
-                f"{tuple(bias.shape)}."
-            )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{model}_{name}: expected {model}_hidden's device {hidden.device}, got {tensor.device}. Move it with "
-                f".to({str(hidden.device)!r})."
-            )
-        if (tensor.dtype == torch.float64) != (hidden.dtype == torch.float64):
-            raise TypeError(
-                f"{model}_{name}: expected float64 beside float64 only, got {tensor.dtype} beside {hidden.dtype}."
-            )
-        if model == "teacher" and tensor.requires_grad:
-            raise ValueError(f"teacher_{name} requires grad, and the loss has no gradient for it. Pass it detached.")
-
-
-def _check_teacher(student_hidden: Tensor, student_weight: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    if hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden: expected student_hidden's leading shape {tuple(student_hidden.shape[:-1])}, got "
-            f"{tuple(hidden.shape[:-1])}."
-        )
-    if weight.shape[0] != student_weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight: expected this rank's rows of the head, {student_weight.shape[0]} as student_weight has, "
-            f"got {weight.shape[0]}. Shard both heads alike."
-        )
-    if hidden.device != student_hidden.device:
-        raise ValueError(f"teacher_hidden: expected device {student_hidden.device}, got {hidden.device}.")
-    if (hidden.dtype == torch.float64) != (student_hidden.dtype == torch.float64):
-        raise TypeError(
-            f"teacher_hidden: expected float64 beside float64 only, got {hidden.dtype} beside {student_hidden.dtype}."
-        )
-    if hidden.requires_grad:
-        raise ValueError("teacher_hidden requires grad, and the loss has no gradient for it. Pass it detached.")
+    def result(self, ranks: Ranks) -> Gradients:
+        """The gradients, that of the hidden states summed over the ranks."""
+        hidden = None if self.hidden is None else agreement.total(ranks, self.hidden)
+        return Gradients(hidden, None if self.weight is None else self.weight.result(), self.bias)
 
 
 def _prepare(
@@ -136,10 +94,17 @@ def _prepare(
     options: dict[str, Any],
 ) -> Rows:
     """All that one rank does by itself before it meets the others."""
-    _check_head("student", *student)
+    checks.check_head("student_hidden", *student)
     if teacher is not None:
-        _check_head("teacher", *teacher)
-        _check_teacher(student[0], student[1], teacher[0], teacher[1])
+        checks.check_teacher_head(*teacher, student[0])
+        for name, tensor in zip(("teacher_weight", "teacher_bias"), teacher[1:], strict=True):
+            if tensor is not None:
+                checks.check_constant(name, tensor)
+        if teacher[1].shape[0] != student[1].shape[0]:
+            raise ValueError(
+                f"teacher_weight: expected this rank's rows of the head, {student[1].shape[0]} as student_weight has, "
+                f"got {teacher[1].shape[0]}. Shard both heads alike."
+            )
     if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes: expected a number of bytes >= 1, or None, got {chunk_bytes!r}.")
     kinds = [None if x is None else (x.dtype, x.shape[1:]) for head in (student, teacher or ()) for x in head]
@@ -195,7 +160,7 @@ def _chunk_rows(rows: Rows, chunk: slice) -> Rows:
     )
 
 
-def _forward(call: Call, heads: Heads, gradients: Gradients | None) -> conduct.Measured:
+def _forward(call: Call, heads: Heads, gradients: Sums | None) -> conduct.Measured:
     """Every used row's values, chunk after chunk, and what the gradients come to."""
     parts = []
     for chunk in heads.chunks():
@@ -213,7 +178,7 @@ def _forward(call: Call, heads: Heads, gradients: Gradients | None) -> conduct.M
         parts.append(found)
         if gradients is not None:
             conduct.gradient(call.place, shard, found, logits)
-            gradients.add(heads, chunk, logits)
+            gradients.add(chunk, logits)
     return _joined(parts, call.rows)
 
 
@@ -227,7 +192,7 @@ def _joined(parts: list[conduct.Measured], rows: Rows) -> conduct.Measured:
     )
 
 
-def _backward(call: Call, heads: Heads, found: conduct.Measured, upstream: Tensor, gradients: Gradients) -> None:
+def _backward(call: Call, heads: Heads, found: conduct.Measured, upstream: Tensor, gradients: Sums) -> None:
     """The gradients of rows with upstream gradients of their own: the logits are made again."""
     for chunk in heads.chunks():
         logits = heads.student.logits(chunk)
@@ -236,7 +201,7 @@ def _backward(call: Call, heads: Heads, found: conduct.Measured, upstream: Tenso
         labels = None if found.labels is None else found.labels[chunk]
         part = conduct.Measured(found.soft[chunk], found.hard[chunk], found.totals[chunk], labels)
         conduct.gradient(call.place, shard, part, logits)
-        gradients.add(heads, chunk, logits)
+        gradients.add(chunk, logits)
 
 
 def _spread(values: Tensor, used: Tensor | None, rows: int) -> Tensor:
@@ -275,10 +240,9 @@ def loss(
         call = Call(ranks, place, rows, used, leading, chunk_bytes)
         heads = _heads(rows, used, place, chunk_bytes, student, teacher)
         stored = any(wants) and rows.settings.reduction != "none"
-        gradients = Gradients.wanted(heads, wants) if stored else None  # type: ignore[arg-type]
-        found = _forward(call, heads, gradients)
-        if gradients is not None and gradients.hidden is not None:
-            agreement.total(ranks, gradients.hidden)
+        sums = Sums(heads.student, wants) if stored else None  # type: ignore[arg-type]
+        found = _forward(call, heads, sums)
+        gradients = None if sums is None else sums.result(ranks)
         everywhere = found._replace(
             soft=_spread(found.soft, used, leading.numel()), hard=_spread(found.hard, used, leading.numel())
         )
@@ -343,9 +307,7 @@ class _Recomputed(torch.autograd.Function):
             heads = _heads(call.rows, call.used, call.place, call.chunk_bytes, tuple(kept[:3]), teacher)
             upstream = grads[0].double().flatten()
             upstream = upstream if call.used is None else upstream[call.used]
-            gradients = Gradients.wanted(heads, ctx.needs_input_grad[:3])
-            _backward(call, heads, ctx.found, upstream, gradients)
-            if gradients.hidden is not None:
-                agreement.total(call.ranks, gradients.hidden)
-            final = _as_given(gradients, call, ctx.given)
+            sums = Sums(heads.student, ctx.needs_input_grad[:3])
+            _backward(call, heads, ctx.found, upstream, sums)
+            final = _as_given(sums.result(call.ranks), call, ctx.given)
         return *(x if x is None else ops._final(x) for x in final), None, None, None, None
