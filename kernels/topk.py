@@ -3,7 +3,7 @@
 The first sums the exponentials outside the entries, never the whole less the entries', which would leave no digits of
 a small tail. The k outcomes and their bucket are computed once, their logarithms in double precision, in a vector of K;
 the second sweep writes what the columns outside have, and the entries are written over it. Before it: prologue.py,
-order.py. It knows no formula of a divergence. Next: docs/math.md, section 12.
+order.py. It knows no formula of a divergence. Next: docs/math.md, "A top-k teacher".
 """
 
 from __future__ import annotations
