@@ -56,6 +56,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "counts": {"soft_count": 7, "hard_count": 2.5, "label_smoothing": 0.2},
     "hard": {"soft_weight": 0.0},
     "soft": {"hard_weight": 0.0},
+    "softcaps": {"student_softcap": 2.0, "teacher_softcap": 3.0, "teacher_logit_scale": 1.5},
+    "scale": {"student_logit_scale": 0.7, "z_loss": 0.05, "vocab_size": 6},
+    "class weights": {"class_weights": torch.linspace(0.0, 2.0, SIZE), "z_loss": 0.1, "student_softcap": 4.0},
 }
 
 
@@ -69,8 +72,21 @@ def test_distillation_loss(divergence: str, settings: str, reduction: str) -> No
         "divergence": oracle.DIVERGENCES[divergence],
         "reduction": reduction,
     }
+    labels = LABELS.clamp(max=5) if settings == "scale" else LABELS
     assert_gradient(
-        lambda x: distil_fast.distillation_loss(x, TEACHER, LABELS, **arguments).loss, doubles(ROWS, SIZE, seed=2)
+        lambda x: distil_fast.distillation_loss(x, TEACHER, labels, **arguments).loss, doubles(ROWS, SIZE, seed=2)
+    )
+
+
+@pytest.mark.parametrize("divergence", oracle.DIVERGENCES)
+@pytest.mark.parametrize("form", [distil_fast.LogProbs, distil_fast.Probs])
+def test_forms_of_teacher(form: Any, divergence: str) -> None:
+    log_probs = TEACHER.log_softmax(-1)
+    teacher = form(log_probs if form is distil_fast.LogProbs else log_probs.exp())
+    settings: dict[str, Any] = {"divergence": oracle.DIVERGENCES[divergence], "temperature": TEMPERATURES}
+    assert_gradient(
+        lambda x: distil_fast.distillation_loss(x, teacher, student_softcap=3.0, **settings).loss,
+        doubles(ROWS, SIZE, seed=11),
     )
 
 

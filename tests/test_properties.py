@@ -23,7 +23,13 @@ _C.use_instruction_set(PRESENT[0])
 searched = settings(max_examples=60, deadline=None, derandomize=True)
 
 temperatures = st.sampled_from([1.0, 2.0]) | st.floats(0.5, 20.0)
-divergences = st.sampled_from(["forward_kl", "reverse_kl"]) | st.floats(0.02, 0.98).map(reference.JSD)
+weights = st.floats(0.02, 0.98)
+divergences = (
+    st.sampled_from(["forward_kl", "reverse_kl", "total_variation", "hellinger", "soft_cross_entropy"])
+    | st.one_of(*(weights.map(kind) for kind in (reference.JSD, reference.SkewedKL, reference.SkewedReverseKL)))
+    | st.builds(reference.AlphaBeta, st.floats(0.1, 2.0), st.floats(0.1, 2.0))
+)
+caps = st.sampled_from([None, 3.0, 30.0])
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 70) | st.sampled_from([2047, 2048, 2049, 4111]))
 
 
@@ -55,12 +61,17 @@ def arguments(draw: st.DrawFn, rows: int, cols: int) -> tuple[Tensor | None, dic
         given["temperature"] = torch.tensor(draw(st.lists(temperatures, min_size=rows, max_size=rows)))
     if mask is not None:
         given["soft_mask"] = mask if draw(st.booleans()) else mask > 0.5
+    given |= {"student_softcap": draw(caps), "teacher_softcap": draw(caps)}
+    given["student_logit_scale"] = draw(st.sampled_from([1.0, 0.3, 1.7]))
     given["soft_weight"], given["t_squared"] = draw(st.floats(0.1, 5.0)), draw(st.booleans())
     if labels is not None:
         given["hard_weight"], given["label_smoothing"] = (
             draw(st.floats(0.1, 5.0)),
             draw(st.sampled_from([0.0, 0.1, 1.0])),
         )
+        given["z_loss"] = draw(st.sampled_from([0.0, 1e-3, 0.3]))
+        if not given["label_smoothing"] and draw(st.booleans()):
+            given["class_weights"] = torch.linspace(0.0, 2.0, cols)
     return labels, given
 
 
@@ -89,7 +100,10 @@ def test_rows_know_nothing_of_each_other(data: st.DataObject) -> None:
     whole = calls.by_autograd(student, teacher, labels, **given_arguments)
     order = torch.randperm(student.shape[0], generator=g)
     part = order[: data.draw(st.integers(1, len(order)))]
-    picked = {name: value[part] if isinstance(value, Tensor) else value for name, value in given_arguments.items()}
+    picked = {
+        name: value[part] if isinstance(value, Tensor) and name != "class_weights" else value
+        for name, value in given_arguments.items()
+    }
     result = calls.by_autograd(student[part], teacher[part], None if labels is None else labels[part], **picked)
     assert torch.equal(result.grad, whole.grad[part])
     assert all(torch.equal(result.values[name], whole.values[name][part]) for name in whole.values)

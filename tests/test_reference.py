@@ -142,6 +142,40 @@ def test_unused_rows_reach_nothing() -> None:
     assert not grad[5].any()
 
 
+def test_options_are_what_a_caller_would_write_by_hand() -> None:
+    """Logit scale, softcap, a cut vocabulary, class weights, z-loss, and teachers that give (log-)probabilities."""
+    student, teacher = pair()
+    student.requires_grad_()
+    weights = torch.linspace(0.0, 2.0, 9, dtype=torch.float64)
+    labels = LABELS.clamp(max=8)
+    y = 3.0 * torch.tanh(0.7 * student[:, :9] / 3.0)
+    log_p = (5.0 * torch.tanh(1.5 * teacher[:, :9] / 5.0) / 2.0).log_softmax(-1)
+    kl = F.kl_div((y / 2.0).log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1)
+    valid = labels >= 0
+    penalty = (weights[labels[valid]] * y.logsumexp(-1)[valid].square()).sum() / weights[labels[valid]].sum()
+    expected = 4.0 * kl.mean() + F.cross_entropy(y, labels, weight=weights) + 0.1 * penalty
+    common: dict[str, Any] = {
+        "class_weights": weights,
+        "z_loss": 0.1,
+        "student_logit_scale": 0.7,
+        "student_softcap": 3.0,
+    }
+    transform: dict[str, Any] = {"teacher_logit_scale": 1.5, "teacher_softcap": 5.0, "vocab_size": 9}
+    wanted = torch.autograd.grad(expected, student, retain_graph=True)[0]
+    for given, settings in (
+        (teacher, transform),
+        (log_p, {"teacher_form": "log_probs", "vocab_size": 9}),
+        (0.5 * log_p.exp(), {"teacher_form": "probs", "vocab_size": 9}),  # rows are normalised
+    ):
+        loss = reference.distillation_loss(student, given, labels, **common, **settings).loss
+        torch.testing.assert_close(loss, expected, **EXACT)
+        grad = torch.autograd.grad(loss, student)[0]
+        torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-14)
+        assert (grad[:, 9:] == 0).all()
+        truth = oracle.exact(student, given, labels, **common, **settings)
+        torch.testing.assert_close(truth.grad, wanted, rtol=1e-10, atol=1e-14)
+
+
 def test_without_valid_rows_the_terms_are_zero() -> None:
     student, teacher = pair()
     student.requires_grad_()

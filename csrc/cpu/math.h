@@ -37,8 +37,8 @@ inline V exp(V x) {
   return Exponential<V>(1.0)(x);
 }
 
-// log(y) + correction for normal y > 0, where the correction is what y's own rounding lost. At most 3 ulp of
-// the result or of 0.35, whichever is larger.
+// log(y) + correction for normal y > 0, where the correction is what y's own rounding lost. Without one, which is log,
+// at most 1 ulp.
 template <class V>
 inline V log_and(V y, V correction) {
   V e = exponent(y), z = scale2(y, V(0) - e) - V(1);  // y = 2^e (1 + z), z in [sqrt(1/2) - 1, sqrt(2) - 1)

@@ -2,7 +2,7 @@
 // into logits, before all other sweeps; `chain` turns the gradient of those into that of what was given, after them.
 // They know one block and its scalars: nothing of rows, forms of teacher or divergences. Next: row_loss.cpp.
 
-// tanh(x): at most 4 ulp, small arguments included.
+// tanh(x): at most 6.5 ulp, small arguments included.
 template <class V>
 inline V tanh(V x) {
   V e = expm1(V(-2) * abs(x)), y = (V(0) - e) / (V(2) + e);

@@ -1,6 +1,6 @@
 // math_test.cpp: how exact math.h is on one instruction set: the largest error of each function over millions
 // of floats, against long double, as a table; exits with 1 where one is above the bound that math.h states,
-// with 77 where the processor lacks the instructions. DISTIL_FAST_VEC is the header of the vectors. Knows no
+// with 77 where the processor lacks the instructions. DISTIL_FAST_VEC is the header of the vectors. Calls no
 // sweep. Next: ../test_cpp.py.
 #include <algorithm>
 #include <cmath>
@@ -22,6 +22,10 @@ namespace {
 #include "math.h"
 #ifdef DISTIL_FAST_DOUBLE
 #include "math_double.h"
+#endif
+#include "sweeps.h"
+#include "prepare.h"
+#ifdef DISTIL_FAST_DOUBLE
 using V = Double;
 using Real = double;
 #elif defined(DISTIL_FAST_PORTABLE)
@@ -145,6 +149,25 @@ void others() {
   check(
       "log1p, far", Real(-0.9999), Real(1e30), [](V x) { return log1p(x); },
       [](long double x) { return std::log1p(x); }, ulps(1.5L));
+  check("log", Real(1e-37), Real(1), [](V x) { return log(x); }, [](long double x) { return std::log(x); }, ulps(1));
+  check(
+      "log, far", Real(1e-37), Real(1e37), [](V x) { return log(x); }, [](long double x) { return std::log(x); },
+      ulps(1));
+  const auto tanh_of = [](long double x) { return std::tanh(x); };
+  check("tanh", Real(-0.5), Real(0.5), [](V x) { return tanh(x); }, tanh_of, ulps(6.5L));
+  check("tanh, far", Real(-40), Real(40), [](V x) { return tanh(x); }, tanh_of, ulps(6.5L));
+  check(
+      "1 - tanh^2", Real(-40), Real(40), [](V x) { return tanh_slope(x); },
+      [](long double x) { return 1 / (std::cosh(x) * std::cosh(x)); },
+      [](long double x, long double truth) {
+        return (7 + 2 * of_y * std::fabs(x) * 1.4426950408889634L) * ulp(truth);
+      });
+  const Real infinite = std::numeric_limits<Real>::infinity();
+  same("tanh(inf)", tanh(V(infinite)), 1);
+  same("tanh(-inf)", tanh(V(-infinite)), -1);
+  same("tanh(nan)", tanh(V(std::numeric_limits<double>::quiet_NaN())), std::numeric_limits<Real>::quiet_NaN());
+  same("1 - tanh(inf)^2", tanh_slope(V(-infinite)), 0);
+  same("log(1)", log(V(1)), 0);
   same("expm1(0)", expm1(V(0)), 0);
   same("log1p(0)", log1p(V(0)), 0);
 }

@@ -141,7 +141,18 @@ void row_losses(const Shape& s, DType student_dtype, DType teacher_dtype, int va
   call.reduction = static_cast<Reduction>(variant % 3);
   if (none) call.upstream = upstream.get();
   call.label_smoothing = variant % 2 ? 0.1 : 0.0;
-  call.divergence = variant % 3, call.parameters[0] = 0.3;
+  call.divergence = variant % 9, call.parameters[0] = 0.3, call.parameters[1] = 0.6;
+  auto class_weights = numbers<Real>(s.cols, 0.7);
+  if (variant % 2 == 0) call.class_weights = class_weights.get(), call.z_loss = 0.01;
+  if (variant % 6 < 3) call.student_transform = {0.8, variant % 6 ? 5.0 : 0.0};
+  if (variant % 4 < 2 && call.teacher.data) call.teacher_transform = {1.2, 7.0};
+  if (variant % 4 == 3 && call.teacher.data) {  // uniform rows, half of the mass
+    call.teacher_form = variant % 8 == 3 ? TeacherForm::log_probs : TeacherForm::probs;
+    const double p = 0.5 / static_cast<double>(s.cols);
+    for (int64_t i = 0; i < s.rows(); ++i)
+      for (int64_t j = 0; j < s.cols; ++j)
+        put(teacher.at(i, j), teacher_dtype, call.teacher_form == TeacherForm::probs ? p : std::log(p));
+  }
   call.loss = loss.get(), call.soft = soft.get(), call.hard = hard.get(), call.unit = &unit;
   expect(row_loss_cpu(call).kind == FaultKind::nothing, "row_loss: a fault without a reason");
   for (int64_t i = 0; i < (none ? s.rows() : 1); ++i)
