@@ -1,7 +1,7 @@
 """What each row weighs: mask, labels, temperature, denominators and upstream gradients, in five numbers a row.
 
 One program, two readings of the vectors, before any logit is read. The conventions are those of csrc/cpu/shares.h and
-of RowLossCall::weigh in csrc/cpu/row_loss.cpp: a row whose share is 0 is not used, and never read. A row at fault (a
+of RowCall::weigh in csrc/cpu/row_call.h: a row whose share is 0 is not used, and never read. A row at fault (a
 label outside [0, V), a token's or class's weight that is negative or not finite, a temperature that is no number > 0)
 weighs 0 and has a share of nan: nothing of it is read, its loss is nan, its gradient 0. Next: rows.py.
 """

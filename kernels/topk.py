@@ -131,8 +131,9 @@ def bucket(p_sum, z_out, log_q, q):
 
 
 @triton.jit
-def outcomes(s, log_p, valid, outside, inverse_t, TAIL: tl.constexpr):
+def outcomes(s, log_p, valid, outside, temperature, TAIL: tl.constexpr):
     """p, q, r of the entries, and of the bucket; the student's mass on the entries and outside, the sum of p."""
+    inverse_t = 1.0 / temperature
     top, z_out = outside
     s_ref = tl.max(tl.where(valid, s, LOWEST), axis=0)
     p_ref = tl.full((), 0.0, tl.float64)
@@ -143,7 +144,8 @@ def outcomes(s, log_p, valid, outside, inverse_t, TAIL: tl.constexpr):
     else:
         ref = tl.maximum(s_ref, top)
         z_tail = z_out * tl.exp2((top - ref) * inverse_t * LOG2E)
-    apart = (s - ref).to(tl.float64) * inverse_t.to(tl.float64)
+    wide_t = temperature.to(tl.float64)
+    apart = (s.to(tl.float64) - ref.to(tl.float64)) / wide_t
     e = tl.where(valid, tl.exp2((s - ref) * inverse_t * LOG2E), 0.0)
     e_p = tl.where(valid, tl.exp(log_p - p_ref), 0.0)
     z_ids = tl.sum(e, axis=0)
@@ -155,7 +157,7 @@ def outcomes(s, log_p, valid, outside, inverse_t, TAIL: tl.constexpr):
         z_of_p = tl.full((), 1.0, tl.float64)
     p, q = tl.where(valid, (e_p / z_of_p).to(tl.float32), 0.0), tl.where(valid, e / z, 0.0)
     r = apart - (log_p - p_ref) - (rho - tl.log(z_of_p))
-    log_q_tail = tl.log(z_out.to(tl.float64)) + (top - ref).to(tl.float64) * inverse_t.to(tl.float64) - rho
+    log_q_tail = tl.log(z_out.to(tl.float64)) + (top.to(tl.float64) - ref.to(tl.float64)) / wide_t - rho
     tail = bucket(z_p, z_out, log_q_tail, z_tail / z)
     return (p, q, impossible_or(p, q, r)), tail, z_ids / z, z_tail / z, z_p
 
@@ -170,11 +172,11 @@ def sum_of_two(entries, tail, TAIL: tl.constexpr):
 
 @triton.jit
 def soft_term(
-    s, log_p, valid, outside, inverse_t, parameters, shift, DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr,
+    s, log_p, valid, outside, temperature, parameters, shift, DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
     """D; T times its gradient at each entry's logit, and outside, in units of an exponential there."""
-    ids, tail, q_ids, q_tail, p_sum = outcomes(s, log_p, valid, outside, inverse_t, TAIL)
+    ids, tail, q_ids, q_tail, p_sum = outcomes(s, log_p, valid, outside, temperature, TAIL)
     p, q, r = ids
     p_t, q_t, r_t = tail
     centre = tl.full((), 0.0, tl.float32)
@@ -272,7 +274,7 @@ def topk_kernel(
                 HARD, FORM, VEC, BLOCK,
             )  # fmt: skip
         soft_value, of_entries, of_tail = soft_term(
-            s, log_p, valid, (top, z_out), inverse_t, parameters, scalar(shift), DIVERGENCE, CENTRED, TAIL
+            s, log_p, valid, (top, z_out), temperature, parameters, scalar(shift), DIVERGENCE, CENTRED, TAIL
         )
         if grad is not None:
             tl.debug_barrier()  # in place: every warp has read what the lines above read

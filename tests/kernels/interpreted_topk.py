@@ -42,6 +42,16 @@ def test_matrix_in_turns(divergence: str) -> None:
         run(case.student, case.teacher, case.labels, **case.settings).check(case.truth, case.where)
 
 
+def test_gradient_stays_exact_as_the_student_meets_the_teacher() -> None:
+    """r of 1e-3 is what is left of logarithms of -8: in float, it would have three digits, which the bounds allow."""
+    g = oracle.generator("topk meets")
+    noise, teacher = (torch.randn(2, 300, generator=g, dtype=torch.float64) for _ in range(2))
+    log_probs, ids = (teacher / 2.0).log_softmax(-1).topk(40)
+    student, given = (teacher + 1e-3 * noise).float(), TopK(ids, log_probs.float(), "renormalise")
+    grad, truth = check(student, given, temperature=2.0).double(), topk.exact(student, given, temperature=2.0).grad
+    assert ((grad - truth).norm(dim=-1) <= 1e-5 * truth.norm(dim=-1)).all()
+
+
 def some(tail: str, cols: int = 67, k: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, TopK, Tensor]:
     """Four rows, of which the last has no entries; entries at both ends of a row, and one that is the label."""
     g = oracle.generator("topk", tail, cols, k)

@@ -128,10 +128,10 @@ MUTANTS = [
         "conventions",
     ),
     Mutant(
-        "the teacher of unused rows read",
+        "unused rows' soft gradient not left out",
         "rows",
-        "inside & used, FORM_T, VEC, ALIGNED_T)",
-        "inside, FORM_T, VEC, ALIGNED_T)\n        t = t + 0.0 * t",
+        "x = tl.where(used, of_g * (g - q * g_sum), 0.0)",
+        "x = of_g * (g - q * g_sum) + 0.0 * tl.where(used, 0.0, t)",
         "conventions",
     ),
     Mutant(
@@ -210,8 +210,8 @@ MUTANTS = [
     Mutant(
         "top-k: r in float",
         "topk",
-        "(s - ref).to(tl.float64) * inverse_t.to(tl.float64)\n    e =",
-        "((s - ref) * inverse_t - log_p.to(tl.float32)).to(tl.float64) + log_p\n    e =",
+        "(s.to(tl.float64) - ref.to(tl.float64)) / wide_t\n    e =",
+        "(s - ref).to(tl.float64) / wide_t\n    e =",
         "topk",
     ),
     Mutant("softmax: projection dropped", "softmax", "y * (u - total) * inverse_t", "y * u * inverse_t", "softmax"),
