@@ -18,11 +18,15 @@ constexpr bool has_again(int divergence) { return divergence <= static_cast<int>
 #define DISTIL_FAST_ROW_LOSS_COLUMNS(name, D) kept_columns<D>,
 inline constexpr int kept_columns_of[] = {DISTIL_FAST_DIVERGENCES(DISTIL_FAST_ROW_LOSS_COLUMNS)};
 
-#define DISTIL_FAST_ROW_LOSS_CASE(name, D)                                                  \
-  if (constexpr int index = static_cast<int>(DivergenceIndex::name); divergence == index) { \
-    if (kind == Kind::kept) return row_loss_kernel<S, D, Kind::kept>;                       \
-    if constexpr (has_again(index)) return row_loss_kernel<S, D, Kind::again>;              \
-  }
+template <class S, class D, DivergenceIndex index>
+RowLossKernel kernel_of_kind(Kind kind) {
+  if (kind == Kind::kept) return row_loss_kernel<S, D, Kind::kept>;
+  if constexpr (has_again(static_cast<int>(index))) return row_loss_kernel<S, D, Kind::again>;
+  return nullptr;
+}
+
+#define DISTIL_FAST_ROW_LOSS_CASE(name, D) \
+  if (static_cast<int>(DivergenceIndex::name) == divergence) return kernel_of_kind<S, D, DivergenceIndex::name>(kind);
 
 // To be used once per Student.
 #define DISTIL_FAST_ROW_LOSS_KERNELS(Student)                                   \
