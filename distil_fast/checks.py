@@ -139,6 +139,12 @@ def check_widths(student: int, teacher: int, vocab_size: int | None) -> None:
         )
 
 
+def check_some_term(teacher: object, labels: object, name: str) -> None:
+    """A loss needs a teacher or labels."""
+    if teacher is None and labels is None:
+        raise ValueError(f"{name} and labels: expected at least one of them, got None for both, and so no term.")
+
+
 def check_labels(labels: object, logits: Tensor) -> None:
     """Labels [...] of logits [..., V]: integers on the same device."""
     if not isinstance(labels, Tensor):

@@ -146,6 +146,7 @@ def _row_loss(
 ) -> LossTerms:
     """Any loss over rows of logits; `options` are distillation_loss's, every one of them."""
     checks.check_values("logits" if name == "cross_entropy" else "student_logits", student_logits)
+    checks.check_some_term(teacher_logits, labels, "teacher_logits")
     if isinstance(teacher_logits, Hidden):
         if inplace:
             raise ValueError("inplace: expected a teacher that brings its rows, got Hidden. Use inplace=False.")

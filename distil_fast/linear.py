@@ -253,6 +253,7 @@ def _linear_loss(
     hidden, weight, bias = student
     checks.check_head("hidden" if name == "linear_cross_entropy" else "student_hidden", hidden, weight, bias)
     given, teacher_weight, teacher_bias = teacher
+    checks.check_some_term(given, labels, "teacher_hidden")
     if isinstance(given, Hidden):
         raise TypeError("teacher_hidden: expected a tensor beside teacher_weight, got Hidden. Pass its parts.")
     if isinstance(given, Tensor) and teacher_weight is not None:

@@ -464,6 +464,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no head": ({"teacher_weight": None, "teacher_bias": None}, ValueError, "teacher_logits: expected"),
     "half a head": ({"teacher_weight": None}, ValueError, "teacher_weight and teacher_bias: expected None"),
     "double beside single": ({"student_weight": torch.zeros(V, WIDTH).double()}, TypeError, "float64"),
+    "no term": (
+        {"teacher_hidden": None, "teacher_weight": None, "teacher_bias": None, "labels": None},
+        ValueError,
+        "teacher_hidden and labels: expected at least one",
+    ),
     "label": ({"labels": torch.full((ROWS,), V)}, ValueError, rf"0 <= label < {V} .* got {V} in row 0"),
     "mask": ({"soft_mask": torch.full((ROWS,), -1.0)}, ValueError, "token weights"),
     "temperature": ({"temperature": torch.zeros(ROWS)}, ValueError, "temperature"),
