@@ -151,7 +151,7 @@ def test_everything_at_once(form: str, mix: tuple[torch.dtype, torch.dtype]) -> 
 
 
 def bad_teacher(form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of five rows the second sums to too much, the third has no number; the fourth is as far above 1 as rounding goes."""
+    """Of five rows the second sums to too much, the third has no number; the fourth is above 1 as rounding may go."""
     student, teacher, _ = case("plain", (5, 40), (torch.float32, torch.float32))
     probs = given_as("probs", teacher, 2.0, torch.float64)
     probs[1] *= 1.1 if dtype.itemsize == 2 else 1.02
