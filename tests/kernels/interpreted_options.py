@@ -151,10 +151,10 @@ def test_everything_at_once(form: str, mix: tuple[torch.dtype, torch.dtype]) -> 
 
 
 def bad_teacher(form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of five rows the second sums to 1.02, the third has no number; the fourth is as far above 1 as rounding goes."""
+    """Of five rows the second sums to too much, the third has no number; the fourth is above 1 as rounding may go."""
     student, teacher, _ = case("plain", (5, 40), (torch.float32, torch.float32))
     probs = given_as("probs", teacher, 2.0, torch.float64)
-    probs[1] *= 1.02
+    probs[1] *= 1.1 if dtype.itemsize == 2 else 1.02
     probs[3] *= 1.008 if dtype.itemsize == 2 else 1.0008
     given = probs.log() if form == "log_probs" else probs
     given[2, 7] = NAN if form == "log_probs" else -0.1
@@ -178,7 +178,7 @@ def test_probabilities_above_one(form: str, dtype: torch.dtype) -> None:
     reduced, grad, _ = row_loss(student, given, labels, **settings | {"reduction": "mean"})
     assert reduced["loss"].isnan()
     assert not grad[1:3].any()
-    with backends.checked(), pytest.raises(ValueError, match=r"teacher_logits: .* a sum of 1\.0.* in row 1"):
+    with backends.checked(), pytest.raises(ValueError, match=r"teacher_logits: .* a sum of 1\..* in row 1"):
         row_loss(student, given, labels, **settings)
     with backends.checked():
         row_loss(student[good], given[good], labels[good], teacher_form=form)
