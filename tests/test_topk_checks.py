@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"TopK.log_probs requires grad.*Pass TopK.log_probs.detach\(\)",
     ),
     "tail": ({"tail": "drop"}, ValueError, "TopK.tail: expected one of bucket, renormalise, ignore, got 'drop'"),
-    "softcap": ({"teacher_softcap": 30.0}, ValueError, "expected a teacher given by its logits, got the top k"),
+    "softcap": ({"teacher_softcap": 30.0}, ValueError, "expected a teacher given by its logits, got log_probs"),
     "inplace": ({"inplace": True, "reduction": "none"}, ValueError, "inplace: .*got 'none'"),
 }
 
