@@ -79,7 +79,7 @@ def linear_distillation_loss(
         student_bias, teacher_bias: `[V]`, or None.
         precision: "exact": logits are float32, so that a half precision's rounding does not become the gradient as the
             models meet (rounded to bfloat16 it is wrong by 4 to 23 %). "fast": logits are kept in the hidden states'
-            dtype (float16 on a CPU excepted), and on a CPU each chunk's part of a bfloat16 head's gradient is rounded.
+            dtype (float16 on a CPU excepted).
         chunk_bytes: memory for both models' logits of a chunk, in float32. None: 32 MiB on a CPU, 1024 rows on a GPU.
 
         The others are those of `distillation_loss`; there is no `inplace`. With reduction "none" backward makes the

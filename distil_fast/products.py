@@ -89,14 +89,12 @@ class WeightGradient:
         """Adds the chunk's part, from its logits' gradient `[rows, V]` and hidden states `[rows, H]`."""
         if grad.shape[0] == 0:
             return
-        if self._transposed and not (grad.dtype == torch.bfloat16 and hidden.dtype == torch.bfloat16):
+        if self._transposed:
             columns = hidden.float().t().contiguous()
             turned = grad.float().t()
             step = max(1, TILE_BYTES // (4 * turned.shape[0]))
             for start in range(0, columns.shape[0], step):
                 self._sum[start : start + step] += _times_transposed(columns[start : start + step], turned)
-        elif self._transposed:
-            self._sum += torch.mm(hidden.t(), grad)
         elif hidden.dtype in _HALVES and hidden.is_cuda:
             turned = grad.to(hidden.dtype).t()
             torch.addmm(self._sum, turned, hidden, out_dtype=torch.float32, out=self._sum)
