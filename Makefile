@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OUTPUT ?= runs/demo
 
-.PHONY: setup demo test test-slow bench mutants lint format wheel clean
+.PHONY: setup demo test test-slow test-slow-cuda test-slow-others bench mutants lint format wheel clean
 
 setup: $(VENV)/.installed
 
@@ -36,11 +36,17 @@ demo: $(if $(TEACHER),$(VENV)/.installed,$(VENV)/.teacher)
 test: setup
 	$(BIN)/python -m pytest -q
 
-test-slow: setup
-	$(BIN)/python -m pytest -q -m slow --ignore=tests/test_mutants.py # those have a verb of their own
+# Mostly of one thread each: make -j2 runs them side by side. The CPU's mutants have a verb of their own.
+test-slow: test-slow-cuda test-slow-others
+
+test-slow-cuda: setup
+	$(BIN)/python -m pytest -q -m slow tests/cuda
+
+test-slow-others: setup
+	$(BIN)/python -m pytest -q -m slow --ignore=tests/test_mutants.py --ignore=tests/cuda
 
 mutants: setup
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python -m tests.mutants
 
 bench: setup
 	$(BIN)/python -m benchmarks loss

@@ -1,6 +1,6 @@
 """Plants wrong kernels and wrong formulae into a copy of the repository, one at a time: the suite must fail for each.
 
-    python tests/mutants.py [part of a name ...]
+    python -m tests.mutants [part of a name ...]
 
 The copy lives in a temporary folder and is built there, with its own native module; the repository is not touched. It
 knows no test by name, only which files are quick and to the point. Next: MUTANTS below; test_mutants.py runs it all.
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.parts import part
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("csrc", "distil_fast", "kernels", "tests", "CMakeLists.txt", "pyproject.toml")
@@ -319,7 +321,7 @@ class Copy:
 
 
 def main(wanted: list[str]) -> int:
-    chosen = [m for m in MUTANTS if not wanted or any(word in m.name for word in wanted)]
+    chosen = [m for m in part(MUTANTS) if not wanted or any(word in m.name for word in wanted)]
     for m in MUTANTS:  # a stale text is found before a minute is spent
         mutated((ROOT / m.file).read_text(), m)
     survivors = []

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("overhead", "the cost of a call, on tensors so small that nothing else counts"),
     ):
         suite = commands.add_parser(name, help=text, description=text)
-        suite.add_argument("--quick", action="store_true", help="the main cases only, about a minute on two cores")
+        suite.add_argument("--quick", action="store_true", help="the main cases only, with fewer samples")
         suite.add_argument("--filter", metavar="TEXT", default="", help="only cases whose name contains TEXT")
         suite.add_argument(
             "--processes",

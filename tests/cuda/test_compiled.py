@@ -68,7 +68,7 @@ def resources(report: str) -> Iterator[tuple[str, int, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "spills"), [("80", 0), ("90a", 0), ("120", 64)])
+@pytest.mark.parametrize(("architecture", "spills"), [("80", 0), ("90a", 0), ("120", 96)])
 def test_no_kernel_spills(architecture: str, spills: int, tmp_path: Path) -> None:
     """512 threads of 128 registers are all that a multiprocessor has. What sm_120 runs is compiled from PTX later; this
     ptxas lacks a few registers there, once a row."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.cuda import emulated
+from tests.parts import part
 
 PROGRAM = emulated.HERE / "sanitized_test.cpp"
 PLAIN = ("-O1",)
@@ -112,7 +113,7 @@ BUGS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", part(list(BUGS)))
 def test_a_planted_bug_is_seen(bug: str, tmp_path: Path) -> None:
     plan = BUGS[bug]
     core = tmp_path / "csrc"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.kernels import mutants
+from tests.parts import part
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", part(mutants.MUTANTS), ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(mutant: mutants.Mutant) -> None:
     assert not mutants.survives(mutant)
