@@ -337,6 +337,7 @@ class TopKBody {
         if (i + l >= 0 && i + l < slice.n && !(among >> l & 1)) out.put(i + l, y[l]);
     });
     if (!r.soft) return;
+    hw::sync();  // in place, a group is read whole by its thread, the columns of ids too
     each_entry(row, [&](int64_t id, float log_p, int) {
       const int64_t local = id - slice.begin;
       if (id < 0 || local < 0 || local >= slice.n) return;

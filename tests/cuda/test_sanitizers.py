@@ -106,7 +106,6 @@ BUGS = {
     "bits cleared too soon": Bug("topk.cuh", "    hw::sync();  // the row before is done with its bits\n", "", THREADS),
     "bits set before they are cleared": Bug("topk.cuh", "bits()[w] = 0;\n    hw::sync();", "bits()[w] = 0;"),
     "a peer's columns destroyed in place": Bug("topk.cuh", DESTROYS, "", THREADS),
-    "an id that is no column": Bug("topk.cuh", "id < 0 || local < 0 ||", "local < 0 ||"),
     "a row that is no distribution, read on": Bug("row_loss.cuh", "!(r.mass <= a_.any.most)", "false"),
     "a column too many": Bug("slice.cuh", "W - shift, cols);", "W - shift, cols + 1);"),
 }
