@@ -17,7 +17,7 @@ from torch import Tensor
 from distil_fast import backends
 from distil_fast.backends.layout import LABEL, MASK, TEMPERATURE, raise_fault, real_dtype
 from distil_fast.backends.settings import RowSettings
-from distil_fast.products import WeightGradient, hidden_gradient, logits
+from distil_fast.products import WeightGradient, hidden_gradient, logits, logits_dtype
 
 Scalar = float | Tensor
 
@@ -131,7 +131,7 @@ def chunked_loss(rows: Rows, terms: Terms, wanted: Wanted, *, wide: bool = True,
     index = None if used is None or bool(used.all()) else used.nonzero().squeeze(1)
     busy = rows if index is None else rows.part(index)
     loop = _Loop(busy, terms, wanted, wide)
-    for part in _chunks(busy, chunk_bytes):
+    for part in _chunks(busy, wide, chunk_bytes):
         loop.run(part)
     return loop.made(rows.values.shape[0], index)
 
@@ -210,10 +210,10 @@ def _number(total: Tensor) -> Scalar:
     return total.float() if total.is_cuda else total.item()
 
 
-def _chunks(rows: Rows, chunk_bytes: int) -> Iterator[slice]:
+def _chunks(rows: Rows, wide: bool, chunk_bytes: int) -> Iterator[slice]:
     """Slices of as equal a size as possible, so that no product is left with a few rows."""
     count = rows.values.shape[0]
-    by_row = 8 * rows.cols  # both models' logits, in float32
+    by_row = 2 * rows.cols * logits_dtype(rows.values, wide).itemsize  # of both models' logits
     most = chunk_bytes // by_row if chunk_bytes else GPU_ROWS if rows.values.is_cuda else CPU_BYTES // by_row
     number = math.ceil(count / max(1, most))
     for i in range(number):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _HALVES = (torch.float16, torch.bfloat16)
-TILE_BYTES = 8 << 20  # of what is widened, or multiplied, at a time
+TILE_BYTES = 8 << 20  # of what is widened, or multiplied, at a time: it stays in the caches
 
 
 def _by_onednn(*operands: Tensor) -> bool:
@@ -38,12 +38,17 @@ def _tiles(weight: Tensor) -> range:
     return range(0, weight.shape[0], max(1, TILE_BYTES // (4 * weight.shape[1])))
 
 
+def logits_dtype(hidden: Tensor, wide: bool) -> torch.dtype:
+    """Of the logits that `logits` makes."""
+    return torch.float32 if hidden.dtype in _HALVES and (wide or _slow_half(hidden)) else hidden.dtype
+
+
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
     """hidden weight^T + bias `[rows, V]`, of hidden states `[rows, H]` and weights `[V, H]` of one dtype.
 
     wide: half-precision operands give float32 logits, which no rounding comes near.
     """
-    if hidden.dtype not in _HALVES or not (wide or _slow_half(hidden)):
+    if logits_dtype(hidden, wide) == hidden.dtype:
         return _times_transposed(hidden, weight.contiguous(), bias)
     if hidden.device.type != "cpu":
         out: Tensor = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
@@ -58,8 +63,11 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> T
 
 
 def _slow_half(x: Tensor) -> bool:
-    """float16 on a CPU, which no instruction multiplies: there float32 is both more exact and faster."""
-    return x.dtype == torch.float16 and x.device.type == "cpu"
+    """A half precision that this CPU has no instructions for: there float32 is both more exact and faster."""
+    if x.dtype not in _HALVES or x.device.type != "cpu":
+        return False
+    name = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)()
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -77,11 +85,15 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 class WeightGradient:
-    """The sum over chunks of grad^T hidden, `[V, H]`: in float32, or float64 beside float64."""
+    """The sum over chunks of grad^T hidden, `[V, H]`: in float32, or float64 beside float64.
+
+    On a CPU a chunk's product of half precision is rounded to it once, as mm returns it, and then added in float32.
+    """
 
     def __init__(self, vocab_size: int, hidden: Tensor) -> None:
         real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self._transposed = _by_onednn(hidden.new_empty(1, dtype=real))  # [H, V]: as oneDNN makes it
+        self._by_halves = hidden.dtype in _HALVES and hidden.device.type == "cpu" and not _slow_half(hidden)
+        self._transposed = not self._by_halves and _by_onednn(hidden.new_empty(1, dtype=real))  # [H, V]: as it makes it
         size = hidden.shape[1], vocab_size
         self._sum = torch.zeros(size if self._transposed else size[::-1], dtype=real, device=hidden.device)
 
@@ -95,6 +107,11 @@ class WeightGradient:
             step = max(1, TILE_BYTES // (4 * turned.shape[0]))
             for start in range(0, columns.shape[0], step):
                 self._sum[start : start + step] += _times_transposed(columns[start : start + step], turned)
+        elif self._by_halves:
+            turned = grad.to(hidden.dtype).t()
+            step = max(1, TILE_BYTES // (4 * hidden.shape[1]))  # of the sum: adding costs more than multiplying outside
+            for start in range(0, turned.shape[0], step):
+                self._sum[start : start + step] += torch.mm(turned[start : start + step], hidden)
         elif hidden.dtype in _HALVES and hidden.is_cuda:
             turned = grad.to(hidden.dtype).t()
             torch.addmm(self._sum, turned, hidden, out_dtype=torch.float32, out=self._sum)
