@@ -220,6 +220,8 @@ def check_temperature(temperature: object, values: Tensor) -> float | Tensor:
 
 
 def _as_float(name: str, quantity: object) -> float:
+    if type(quantity) is float:
+        return quantity  # as nearly always: this is paid in every call
     if isinstance(quantity, int) and not -(2**1023) < quantity < 2**1023:
         return math.inf  # float() would overflow
     try:

@@ -111,26 +111,28 @@ def distillation_loss(
         student_logits,
         teacher_logits,
         labels,
-        temperature=temperature,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        soft_mask=soft_mask,
-        soft_count=soft_count,
-        hard_count=hard_count,
-        ignore_index=ignore_index,
-        divergence=divergence,
-        t_squared=t_squared,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        z_loss=z_loss,
-        student_logit_scale=student_logit_scale,
-        student_softcap=student_softcap,
-        teacher_logit_scale=teacher_logit_scale,
-        teacher_softcap=teacher_softcap,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        inplace=inplace,
-        backend=backend,
+        {
+            "temperature": temperature,
+            "soft_weight": soft_weight,
+            "hard_weight": hard_weight,
+            "soft_mask": soft_mask,
+            "soft_count": soft_count,
+            "hard_count": hard_count,
+            "ignore_index": ignore_index,
+            "divergence": divergence,
+            "t_squared": t_squared,
+            "label_smoothing": label_smoothing,
+            "class_weights": class_weights,
+            "z_loss": z_loss,
+            "student_logit_scale": student_logit_scale,
+            "student_softcap": student_softcap,
+            "teacher_logit_scale": teacher_logit_scale,
+            "teacher_softcap": teacher_softcap,
+            "vocab_size": vocab_size,
+            "reduction": reduction,
+        },
+        inplace,
+        backend,
     )
 
 
@@ -139,10 +141,9 @@ def _row_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Teacher | None,
     labels: Tensor | None,
-    *,
-    inplace: bool = False,
-    backend: str | None = None,
-    **options: Any,
+    options: dict[str, Any],
+    inplace: bool,
+    backend: str | None,
 ) -> LossTerms:
     """Any loss over rows of logits; `options` are distillation_loss's, every one of them."""
     checks.check_values("logits" if name == "cross_entropy" else "student_logits", student_logits)
@@ -152,38 +153,35 @@ def _row_loss(
             raise ValueError("inplace: expected a teacher that brings its rows, got Hidden. Use inplace=False.")
         return hidden_teacher_loss(student_logits, teacher_logits, labels, backend, options)
     check_teacher_rows(teacher_logits, student_logits, options["vocab_size"])
-    teacher, _, form = rows_of(teacher_logits)
-    scalars, settings = row_options(student_logits, student_logits.shape[-1], labels, teacher_form=form, **options)
+    teacher, ids, form = rows_of(teacher_logits)
+    chosen = backends.for_call(student_logits, name, backend, "" if ids is None else "reference_topk.topk_loss")
+    cols = student_logits.shape[-1]
+    scalars, settings = row_options(student_logits, cols, labels, teacher_form=form, backend=chosen, **options)
     if inplace and settings.reduction == "none":
         raise ValueError("inplace: expected reduction 'mean' or 'sum', got 'none', whose backward needs the logits.")
+    vectors = labels, options["soft_mask"], options["class_weights"]
     if isinstance(teacher_logits, TopK):
-        return _topk_loss(name, student_logits, teacher_logits, labels, scalars, settings, inplace, backend, options)
-    chosen = backends.for_call(student_logits, name, backend)
+        return _topk_loss(student_logits, teacher_logits, vectors, scalars, settings, inplace, options)
     if chosen == "reference":
         return reference.distillation_loss(student_logits, teacher, labels, teacher_form=form, **options)
-    vectors = teacher, labels, options["soft_mask"], options["class_weights"]
-    return LossTerms(*ops.row_loss(student_logits, *vectors, scalars, settings._replace(backend=chosen), inplace))
+    return LossTerms(*ops.row_loss(student_logits, teacher, *vectors, scalars, settings, inplace))
 
 
 def _topk_loss(
-    name: str,
     student_logits: Tensor,
     teacher: TopK,
-    labels: Tensor | None,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
     scalars: tuple[float | Tensor, ...],
     settings: RowSettings,
     inplace: bool,
-    backend: str | None,
     options: dict[str, Any],
 ) -> LossTerms:
     """`_row_loss` with a teacher of k columns a row; everything is checked."""
     ids, log_probs, tail = teacher.ids, teacher.log_probs, teacher.tail
-    chosen = backends.for_call(student_logits, name, backend, "reference_topk.topk_loss")
-    if chosen == "reference":
+    if settings.backend == "reference":
         options = without_teacher_logits(options)
-        return reference_topk.topk_loss(student_logits, ids, log_probs, labels, tail=tail, **options)
+        return reference_topk.topk_loss(student_logits, ids, log_probs, vectors[0], tail=tail, **options)
     shift = as_divergence(options["divergence"]).shift
-    vectors, settings = (labels, options["soft_mask"], options["class_weights"]), settings._replace(backend=chosen)
     return LossTerms(*ops.topk_loss(student_logits, ids, log_probs, *vectors, scalars, settings, shift, tail, inplace))
 
 
@@ -227,20 +225,23 @@ def divergence_loss(
         student_logits,
         teacher_logits,
         None,
-        temperature=temperature,
-        soft_weight=1.0,
-        soft_mask=mask,
-        soft_count=count,
-        divergence=divergence,
-        t_squared=t_squared,
-        student_logit_scale=student_logit_scale,
-        student_softcap=student_softcap,
-        teacher_logit_scale=teacher_logit_scale,
-        teacher_softcap=teacher_softcap,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        backend=backend,
-        **no_hard_term(),
+        {
+            "temperature": temperature,
+            "soft_weight": 1.0,
+            "soft_mask": mask,
+            "soft_count": count,
+            "divergence": divergence,
+            "t_squared": t_squared,
+            "student_logit_scale": student_logit_scale,
+            "student_softcap": student_softcap,
+            "teacher_logit_scale": teacher_logit_scale,
+            "teacher_softcap": teacher_softcap,
+            "vocab_size": vocab_size,
+            "reduction": reduction,
+            **no_hard_term(),
+        },
+        False,
+        backend,
     ).loss
 
 
@@ -280,18 +281,21 @@ def cross_entropy(
         logits,
         None,
         labels,
-        hard_weight=1.0,
-        hard_count=count,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        z_loss=z_loss,
-        student_logit_scale=logit_scale,
-        student_softcap=softcap,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        backend=backend,
-        **no_soft_term(),
+        {
+            "hard_weight": 1.0,
+            "hard_count": count,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "class_weights": class_weights,
+            "z_loss": z_loss,
+            "student_logit_scale": logit_scale,
+            "student_softcap": softcap,
+            "vocab_size": vocab_size,
+            "reduction": reduction,
+            **no_soft_term(),
+        },
+        False,
+        backend,
     ).loss
 
 

@@ -54,8 +54,9 @@ def row_options(
     vocab_size: int | None,
     reduction: str,
     teacher_form: str = LOGITS,
+    backend: str = "",
 ) -> RowOptions:
-    """Options of rows with `cols` columns, checked; the backend's name is still to come.
+    """Options of rows with `cols` columns, checked; `backend` is the one chosen, if it is known.
 
     Raises:
         ValueError, TypeError: expected, got, remedy.
@@ -90,8 +91,8 @@ def row_options(
         checks.check_temperature(temperature, values),
         checks.check_quantity("soft_weight", soft_weight, values),
         hard_weight,
-        checks.check_count("soft_count", soft_count, values),
-        checks.check_count("hard_count", hard_count, values),
+        -1.0 if soft_count is None else checks.check_quantity("soft_count", soft_count, values),
+        -1.0 if hard_count is None else checks.check_quantity("hard_count", hard_count, values),
     )
     settings = RowSettings(
         checks.check_ignore_index(ignore_index),
@@ -104,6 +105,7 @@ def row_options(
         (*student, *teacher),
         checks.check_vocab_size(vocab_size, cols),
         reduction,
+        backend,
     )
     return RowOptions(scalars, settings)
 

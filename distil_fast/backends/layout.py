@@ -36,21 +36,21 @@ def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Any]]:
     shape = given[0].shape
     cols = shape[-1]
     for tensor in given:
-        if tensor.stride(-1) != 1 and cols > 1 and tensor.numel():
+        if tensor.stride()[-1] != 1 and cols > 1 and tensor.numel():
             raise ValueError(
                 f"expected rows that are contiguous in memory, got a tensor of shape {tuple(tensor.shape)} with "
                 f"strides {tensor.stride()}. Call .contiguous() on it, or undo the transposition that made it."
             )
     if len(shape) == 2:
-        return (1, shape[0], cols), [t if t is None else _matrix(t, 0, t.stride(0)) for t in tensors]
+        return (1, shape[0], cols), [t if t is None else _matrix(t, 0, t.stride()[0]) for t in tensors]
     if len(shape) == 3:
-        return (shape[0], shape[1], cols), [t if t is None else _matrix(t, t.stride(0), t.stride(1)) for t in tensors]
+        return (shape[0], shape[1], cols), [t if t is None else _matrix(t, *t.stride()[:2]) for t in tensors]
     leading = len(shape) - 1
     for split in range(leading or 1):
         strides = {id(t): (_merged(t, 0, split), _merged(t, split, leading)) for t in given}
         if not any(None in pair for pair in strides.values()):
             sizes = shape[:split].numel(), shape[split:-1].numel(), cols
-            return sizes, [t if t is None else _matrix(t, *strides[id(t)]) for t in tensors]
+            return sizes, [t if t is None else _matrix(t, *strides[id(t)]) for t in tensors]  # type: ignore[arg-type]
     raise ValueError(
         f"expected at most two leading dimensions with strides of their own, got shape {tuple(shape)} with strides "
         f"{' and '.join(str(t.stride()) for t in given)}. Call .contiguous() on the permuted tensor."
@@ -59,7 +59,7 @@ def geometry(*tensors: Tensor | None) -> tuple[Shape, list[Any]]:
 
 def cut(vocab_size: int, *tensors: Tensor | None) -> list[Any]:
     """The columns that take part: the first `vocab_size` of each tensor, all where that is 0."""
-    return [t if t is None or not vocab_size else t[..., :vocab_size] for t in tensors]
+    return [t if t is None else t[..., :vocab_size] for t in tensors] if vocab_size else list(tensors)
 
 
 def cut_gradient(vocab_size: int, grad: Tensor | None) -> Tensor | None:
@@ -70,9 +70,7 @@ def cut_gradient(vocab_size: int, grad: Tensor | None) -> Tensor | None:
     return grad[..., :vocab_size]
 
 
-def _matrix(tensor: Tensor, outer_stride: int | None, row_stride: int | None) -> Matrix:
-    assert outer_stride is not None
-    assert row_stride is not None
+def _matrix(tensor: Tensor, outer_stride: int, row_stride: int) -> Matrix:
     return tensor.data_ptr(), DTYPE_CODE[tensor.dtype], outer_stride, row_stride
 
 

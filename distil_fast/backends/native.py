@@ -64,17 +64,9 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 def row_settings(settings: RowSettings) -> tuple[Any, ...]:
     """Settings as the core takes them."""
-    return (
-        settings.ignore_index,
-        DIVERGENCE_CODE[settings.divergence],
-        settings.parameters,
-        settings.t_squared,
-        settings.label_smoothing,
-        settings.z_loss,
-        TEACHER_FORMS.index(settings.teacher_form),
-        settings.transforms,
-        REDUCTION_CODE[settings.reduction],
-    )
+    ignore_index, divergence, parameters, t_squared, smoothing, z_loss, form, transforms, _, reduction, _ = settings
+    codes = DIVERGENCE_CODE[divergence], TEACHER_FORMS.index(form), REDUCTION_CODE[reduction]
+    return ignore_index, codes[0], parameters, t_squared, smoothing, z_loss, codes[1], transforms, codes[2]
 
 
 def row_loss(
@@ -113,8 +105,7 @@ def row_loss(
         upstream = flat(upstream.expand(student.shape[:-1]), real)
     leading = student.shape[:-1] if settings.reduction == "none" else ()
     loss = torch.empty(leading, dtype=real)
-    soft = torch.empty(leading, dtype=real)
-    hard = torch.empty(leading, dtype=real)
+    soft, hard = torch.empty_like(loss), torch.empty_like(loss)
     *fault, unit = _C.row_loss(
         shape,
         student_m,
