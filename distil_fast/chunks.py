@@ -21,8 +21,8 @@ from distil_fast.products import WeightGradient, hidden_gradient, logits, logits
 
 Scalar = float | Tensor
 
-CPU_BYTES = 32 << 20  # of both models' logits in a chunk: they stay near the caches, and the products stay wide
-GPU_ROWS = 1024  # a chunk's, at least: fewer starve the products
+CPU_BYTES = 32 << 20  # of both models' logits in a chunk: they stay near the caches
+CPU_ROWS, GPU_ROWS = 128, 1024  # a chunk's, at least: fewer starve the products
 
 
 class Head(NamedTuple):
@@ -214,7 +214,9 @@ def _chunks(rows: Rows, wide: bool, chunk_bytes: int) -> Iterator[slice]:
     """Slices of as equal a size as possible, so that no product is left with a few rows."""
     count = rows.values.shape[0]
     by_row = 2 * rows.cols * logits_dtype(rows.values, wide).itemsize  # of both models' logits
-    most = chunk_bytes // by_row if chunk_bytes else GPU_ROWS if rows.values.is_cuda else CPU_BYTES // by_row
+    most = GPU_ROWS if rows.values.is_cuda else max(CPU_ROWS, CPU_BYTES // by_row)
+    if chunk_bytes:
+        most = chunk_bytes // by_row
     number = math.ceil(count / max(1, most))
     for i in range(number):
         yield slice(count * i // number, count * (i + 1) // number)
@@ -317,5 +319,5 @@ class _Loop:
             if hidden is not None:
                 hidden = hidden.new_zeros((count, hidden.shape[1])).index_copy_(0, index, hidden)
         loss, soft, hard = totals.to(real_dtype(self.rows.values))
-        weight = None if self.weight is None else self.weight.result()
+        weight = None if self.weight is None else self.weight.sum
         return Made(loss, soft, hard, hidden, weight, self.bias, self.unit)

@@ -80,7 +80,8 @@ def linear_distillation_loss(
         precision: "exact": logits are float32, so that a half precision's rounding does not become the gradient as the
             models meet (rounded to bfloat16 it is wrong by 4 to 23 %). "fast": logits are kept in the hidden states'
             dtype (float16 on a CPU excepted).
-        chunk_bytes: memory for both models' logits of a chunk. None: 32 MiB on a CPU, 1024 rows on a GPU.
+        chunk_bytes: memory for both models' logits of a chunk. None: 32 MiB, and 128 rows at least, on a
+            CPU; 1024 rows on a GPU.
 
         The others are those of `distillation_loss`; there is no `inplace`. With reduction "none" backward makes the
         chunks again.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _HALVES = (torch.float16, torch.bfloat16)
-TILE_BYTES = 8 << 20  # of what is widened, or multiplied, at a time: it stays in the caches
+TILE_BYTES = 4 << 20  # of what is widened, or multiplied, at a time: it stays in the caches
 
 
 def _by_onednn(*operands: Tensor) -> bool:
@@ -87,37 +87,30 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 class WeightGradient:
     """The sum over chunks of grad^T hidden, `[V, H]`: in float32, or float64 beside float64.
 
-    On a CPU a chunk's product of half precision is rounded to it once, as mm returns it, and then added in float32.
+    On a CPU it grows by tiles that stay in the caches: adding to memory costs more than multiplying. There a chunk's
+    product of half precision is rounded to it once, as mm returns it, before it is added.
     """
 
     def __init__(self, vocab_size: int, hidden: Tensor) -> None:
         real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self._by_halves = hidden.dtype in _HALVES and hidden.device.type == "cpu" and not _slow_half(hidden)
-        self._transposed = not self._by_halves and _by_onednn(hidden.new_empty(1, dtype=real))  # [H, V]: as it makes it
-        size = hidden.shape[1], vocab_size
-        self._sum = torch.zeros(size if self._transposed else size[::-1], dtype=real, device=hidden.device)
+        self.sum = torch.zeros((vocab_size, hidden.shape[1]), dtype=real, device=hidden.device)
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
         """Adds the chunk's part, from its logits' gradient `[rows, V]` and hidden states `[rows, H]`."""
         if grad.shape[0] == 0:
             return
-        if self._transposed:
-            columns = hidden.float().t().contiguous()
-            turned = grad.float().t()
-            step = max(1, TILE_BYTES // (4 * turned.shape[0]))
-            for start in range(0, columns.shape[0], step):
-                self._sum[start : start + step] += _times_transposed(columns[start : start + step], turned)
-        elif self._by_halves:
-            turned = grad.to(hidden.dtype).t()
-            step = max(1, TILE_BYTES // (4 * hidden.shape[1]))  # of the sum: adding costs more than multiplying outside
-            for start in range(0, turned.shape[0], step):
-                self._sum[start : start + step] += torch.mm(turned[start : start + step], hidden)
-        elif hidden.dtype in _HALVES and hidden.is_cuda:
-            turned = grad.to(hidden.dtype).t()
-            torch.addmm(self._sum, turned, hidden, out_dtype=torch.float32, out=self._sum)
+        dtype = self.sum.dtype if hidden.dtype not in _HALVES or _slow_half(hidden) else hidden.dtype
+        grad, hidden = grad.to(dtype), hidden.to(dtype)
+        if hidden.device.type == "cpu":
+            columns = hidden.t().contiguous()
+            tiles = _tiles(self.sum)
+            for start in tiles:
+                turned = grad[:, start : start + tiles.step].t()
+                if _by_onednn(turned, columns):
+                    self.sum[start : start + tiles.step] += _times_transposed(turned, columns)
+                else:
+                    self.sum[start : start + tiles.step] += torch.mm(turned, hidden)
+        elif dtype in _HALVES:
+            torch.addmm(self.sum, grad.t(), hidden, out_dtype=torch.float32, out=self.sum)
         else:
-            self._sum.addmm_(grad.to(self._sum.dtype).t(), hidden.to(self._sum.dtype))
-
-    def result(self) -> Tensor:
-        """The gradient, `[V, H]`."""
-        return self._sum.t().contiguous() if self._transposed else self._sum
+            self.sum.addmm_(grad.t(), hidden)

@@ -81,7 +81,7 @@ class Sums:
     def result(self, ranks: Ranks) -> Gradients:
         """The gradients, that of the hidden states summed over the ranks."""
         hidden = None if self.hidden is None else agreement.total(ranks, self.hidden)
-        return Gradients(hidden, None if self.weight is None else self.weight.result(), self.bias)
+        return Gradients(hidden, None if self.weight is None else self.weight.sum, self.bias)
 
 
 def _prepare(
