@@ -1,7 +1,7 @@
 """The command line: `distil-fast COMMAND`, one entry of `COMMANDS` each.
 
 It knows options and how an error is shown; what a command does is imported when it runs, so that `--help` is instant.
-Next: training/demo.py.
+Next: training/commands.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ class Command(NamedTuple):
     extra: str  # of the package, that brings what the command needs
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+class Typed(NamedTuple):
+    """A command whose options are the fields of a configuration, read by training/commands.py."""
+
+    help: str
+    extra: str
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +70,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-EXTRAS = {"transformers", "safetensors", "rich", "matplotlib"}  # modules that the extras bring
-COMMANDS = {
+# modules that the extras bring
+EXTRAS = {"transformers", "accelerate", "datasets", "jsonargparse", "yaml", "safetensors", "rich", "matplotlib"}
+COMMANDS: dict[str, Command | Typed] = {
+    "train": Typed("distil a BERT-like teacher into a student, from a configuration", "train"),
+    "eval": Typed("compare a student with its teacher, on text or on GLUE tasks", "train"),
+    "env": Typed("show versions, devices, and which backend serves them", "train"),
     "demo": Command("distil a pretrained BERT into a student of half its depth", "train", _demo_options, _demo),
     "bench": Command("measure error, time and memory beside PyTorch's", "bench", bench.add_arguments, bench.run),
 }
@@ -72,17 +83,26 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="distil-fast", description="Fast, exact knowledge distillation.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
-        command.add_options(subparsers.add_parser(name, help=command.help, description=command.help))
-    arguments = parser.parse_args(argv)
+        options = subparsers.add_parser(name, help=command.help, description=command.help)
+        if isinstance(command, Command):
+            command.add_options(options)
+    chosen = words[0] if words and isinstance(COMMANDS.get(words[0]), Typed) else None
+    arguments = argparse.Namespace(command=chosen) if chosen else parser.parse_args(words)
+    command = COMMANDS[arguments.command]
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        if isinstance(command, Command):
+            return command.run(arguments)
+        from distil_fast.training import commands
+
+        return commands.run(arguments.command, words[1:], command.help)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
-        extra = COMMANDS[arguments.command].extra
+        extra = command.extra
         print(
             f"distil-fast {arguments.command} needs {error.name}: pip install 'distil-fast[{extra}]'", file=sys.stderr
         )

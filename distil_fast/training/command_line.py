@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from distil_fast.training.settings import InputError
+from distil_fast.training.settings import InputError, as_plain
 
 PRESETS = Path(__file__).parent / "presets"
 CLOSE = 0.6  # how alike two names must be for one to be proposed in the place of the other
@@ -45,17 +45,16 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str, description: str, 
     parser = _parser(kind, prog, description, presets)
     try:
         values = parser.parse_args(_without_presets(argv) if presets else list(argv))
-        made = parser.instantiate_classes(values)
+        made = parser.instantiate(values)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(_explained(str(error), parser)) from error
     fields = {name: value for name, value in vars(made).items() if name not in ("config", "preset")}
     return kind(**fields)
 
 
-def as_yaml(config: Any, prog: str = "distil-fast") -> str:
+def as_yaml(config: Any) -> str:
     """A configuration as a YAML file that gives it again."""
-    parser = _parser(type(config), prog, "", presets=False)
-    return parser.dump(Namespace(_plain(config)), skip_validation=True)
+    return yaml.safe_dump(as_plain(config), sort_keys=False)
 
 
 def _parser(kind: type[Any], prog: str, description: str, presets: bool) -> ArgumentParser:
@@ -66,12 +65,6 @@ def _parser(kind: type[Any], prog: str, description: str, presets: bool) -> Argu
         parser.add_argument("--preset", metavar="NAME", help=f"one of the configurations that come with it: {names}")
     parser.add_class_arguments(kind, fail_untyped=True)
     return parser
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return {
-        name: _plain(value) if hasattr(value, "__dataclass_fields__") else value for name, value in vars(config).items()
-    }
 
 
 def _without_presets(argv: Sequence[str]) -> list[str]:
@@ -88,7 +81,9 @@ def _without_presets(argv: Sequence[str]) -> list[str]:
             continue
         name = word.partition("=")[2] or next(rest, "")
         if name not in preset_names():
-            raise InputError(f"--preset: expected one of {', '.join(preset_names())}, got {name!r}.{_nearest(name, preset_names())}")
+            raise InputError(
+                f"--preset: expected one of {', '.join(preset_names())}, got {name!r}.{_nearest(name, preset_names())}"
+            )
         words += ["--config", str(PRESETS / f"{name}.yaml")]
     return words
 
@@ -96,20 +91,15 @@ def _without_presets(argv: Sequence[str]) -> list[str]:
 def _explained(message: str, parser: ArgumentParser) -> str:
     """The parser's message, with the known name that is nearest to an unknown one."""
     known = [action.dest for action in parser._actions]
-    unknown = re.findall(r"--([\w.]+)", message) + re.findall(r"[Kk]ey '?\"?([\w.]+)", message)
+    unknown = re.findall(r"--([\w.]+)", message) + re.findall(r"option '([\w.]+)'", message)
     hints = [_nearest(name, known) for name in unknown if name not in known]
-    return message.strip() + next((hint for hint in hints if hint), "")
+    return message.strip().rstrip(".") + "." + next((hint for hint in hints if hint), "")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """" Did you mean ...?", or nothing."""
+    """ " Did you mean ...?", or nothing."""
     by_last_part = {one.rpartition(".")[2]: one for one in known}
     close = difflib.get_close_matches(name, known, 1, CLOSE) or [
         by_last_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], list(by_last_part), 1, CLOSE)
     ]
     return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's fields, as they were written."""
-    return yaml.safe_load(path.read_text("utf-8")) or {}

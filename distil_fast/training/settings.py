@@ -6,9 +6,9 @@ says otherwise. No behaviour but checks that need nothing else. Next: cli_train.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 class InputError(ValueError):
@@ -40,9 +40,9 @@ class DataConfig:
     """Where the text comes from, and how it becomes sequences.
 
     Args:
-        text: UTF-8 files, or folders of them (*.txt), one document a paragraph block or line.
+        text: a UTF-8 file, a folder of them (*.txt), or a list of these; documents are set apart by blank lines.
         dataset: a Hugging Face dataset instead: a folder, or a name on the hub; "name:configuration" where it has some.
-        split: of the dataset.
+        split: the part of the dataset to train on.
         column: of the dataset that holds the text.
         streaming: read the dataset as it is used, without a copy on disk; its order is then shuffled in windows.
         held_out: files, folders or a split's name to evaluate on; null: one document in `held_out_every`.
@@ -54,12 +54,12 @@ class DataConfig:
         cache: folder for the tokenised text; null: $XDG_CACHE_HOME/distil_fast.
     """
 
-    text: list[Path] = field(default_factory=list)
+    text: list[str] | str | None = None
     dataset: str | None = None
     split: str = "train"
     column: str = "text"
     streaming: bool = False
-    held_out: list[Path] | str | None = None
+    held_out: list[str] | str | None = None
     held_out_every: int = 20
     sequence_length: int = 512
     arrangement: Literal["packed", "buckets"] = "buckets"
@@ -122,11 +122,11 @@ class OptimiserConfig:
     """AdamW, and the learning rate over the run.
 
     Args:
-        learning_rate: its peak.
+        learning_rate: the peak of the learning rate.
         schedule: a name of transformers.get_scheduler, such as "linear", "cosine" or "constant_with_warmup".
         warmup: share of the steps in which the learning rate rises.
-        betas: of AdamW.
-        eps: of AdamW.
+        betas: decay of the two running means of AdamW.
+        eps: what AdamW adds to the denominator.
         weight_decay: of weight matrices; biases and LayerNorms have none.
         max_grad_norm: gradients of a larger norm are scaled down to it.
     """
@@ -226,3 +226,16 @@ class TrainConfig:
     evaluation_batches: int = 20
     non_finite: Literal["stop", "skip"] = "stop"
     trackers: list[str] = field(default_factory=list)
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A configuration's fields as JSON and YAML hold them: paths as strings, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(one) for one in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(asdict(config))
