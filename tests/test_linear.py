@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import distil_fast
-from distil_fast import Hidden, LogProbs, Probs, chunks, reference
+from distil_fast import Hidden, LogProbs, Probs, reference
+from distil_fast import heads as made_of
 from tests.calls import there
 
 ROOT = Path(__file__).parent.parent
@@ -182,8 +183,8 @@ def test_what_needs_no_gradient_gets_none(wanted: tuple[bool, ...], monkeypatch:
     """A frozen head costs no product for its weights, and hidden states without gradient none for theirs."""
     made = []
     for name in ("hidden_gradient", "WeightGradient"):
-        original = getattr(chunks, name)
-        monkeypatch.setattr(chunks, name, lambda *a, name=name, original=original: made.append(name) or original(*a))
+        original = getattr(made_of, name)
+        monkeypatch.setattr(made_of, name, lambda *a, name=name, original=original: made.append(name) or original(*a))
     heads = make(torch.float32)
     heads = Heads(*(x.detach().requires_grad_(w) for x, w in zip(heads[:3], wanted, strict=True)), *heads[3:])
     heads.loss().loss.backward()
@@ -201,8 +202,8 @@ def test_without_gradient_none_is_made() -> None:
 
 def test_unused_rows_are_left_out_whatever_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = chunks.logits
-    monkeypatch.setattr(chunks, "logits", lambda hidden, *a: seen.append(hidden.shape[0]) or original(hidden, *a))
+    original = made_of.logits
+    monkeypatch.setattr(made_of, "logits", lambda hidden, *a: seen.append(hidden.shape[0]) or original(hidden, *a))
     heads = make(torch.float32)
     used = heads.mask | (heads.labels != -100)
     hidden, teacher = heads.student_hidden.detach().clone(), heads.teacher_hidden.clone()
@@ -259,6 +260,18 @@ def test_float16_gradients_do_not_underflow_before_a_scaler_acts() -> None:
     exact = heads.exact()
     truth = exact.loss(reference, soft_count=1e6, hard_count=1e6).loss
     grads = torch.autograd.grad(loss * 2.0**16, heads.leaves())
+    for mine, theirs in zip(grads, torch.autograd.grad(truth * 2.0**16, exact.leaves()), strict=True):
+        assert off(mine, theirs) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("counts", [{}, {"hard_count": 0.0}], ids=["no label", "no count"])
+def test_a_term_without_a_row_leaves_float16_its_unit(counts: dict[str, Any]) -> None:
+    """A denominator of 0 is a share of 0, and not of the infinity that no unit is made of."""
+    heads = make(torch.float16)
+    heads = heads._replace(labels=heads.labels if counts else torch.full_like(heads.labels, -100))
+    exact = heads.exact()
+    truth = exact.loss(reference, soft_count=1e6, **counts).loss
+    grads = torch.autograd.grad(heads.loss(soft_count=1e6, **counts).loss * 2.0**16, heads.leaves())
     for mine, theirs in zip(grads, torch.autograd.grad(truth * 2.0**16, exact.leaves()), strict=True):
         assert off(mine, theirs) < BOUND[torch.float16]
 
