@@ -1,7 +1,7 @@
 """One shard's local steps, without processes: every instruction set, dtype pair and odd width against plain torch in
 float64; the same bits on any number of threads; nothing touched beyond the rows.
 
-What the steps come to when shards meet is test_parallel.py's affair. Next: distil_fast/backends/shards.py.
+What the steps come to when shards meet is parallel/test_losses.py's affair. Next: distil_fast/backends/shards.py.
 """
 
 from __future__ import annotations
