@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, DistilBertForMaskedLM
 
+from distil_fast.training.settings import InputError
 from distil_fast.training.student import evenly_spaced_layers, student_from_teacher
 
 MakeTeacher = Callable[..., BertForMaskedLM]
@@ -94,7 +95,7 @@ def test_student_shares_no_memory_with_its_teacher_and_keeps_its_tie(make_teache
 
 def test_wrong_teacher_and_wrong_layers(make_teacher: MakeTeacher) -> None:
     teacher = make_teacher()
-    with pytest.raises(TypeError, match="expected a BertForMaskedLM, got a BertModel"):
+    with pytest.raises(InputError, match="expected a BertForMaskedLM, which has a masked-LM head, got a BertModel"):
         student_from_teacher(teacher.bert)
     for layers in ([], [4], [-1]):
         with pytest.raises(ValueError, match="expected indices from 0 to 3"):
