@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -161,17 +161,20 @@ class MaskedLMObjective(Objective):
 
     def _teach(self, batch: MaskedBatch, rows: _Rows) -> tuple[Mapping[int, Tensor], Tensor | None]:
         """The teacher's hidden states and, for the KL, what its decoder gets at the rows."""
-        config, kind = self.loss, batch.input_ids.device.type
+        config = self.loss
         layers = {t for _, t in self._pairs} | ({self._last[1]} if config.alpha_ce else set())
         if not layers:
             return {}, None
         if self.teacher.device != batch.input_ids.device:
             self.teacher.to(batch.input_ids.device)  # type: ignore[arg-type]  # decorated without types
-        own = nullcontext() if self._teacher_autocast else torch.autocast(kind, enabled=False)
-        with torch.inference_mode(), own:
+        with torch.inference_mode(), self._teacher_context(batch.input_ids.device.type):
             states = _states(self.teacher, batch, layers)
             features = transform(self.teacher, rows.of(states[self._last[1]])) if config.alpha_ce else None
         return states, features
+
+    def _teacher_context(self, kind: str) -> AbstractContextManager[object]:
+        """No autocast, where the teacher has a precision of its own."""
+        return nullcontext() if self._teacher_autocast else torch.autocast(kind, enabled=False)
 
     def _head_loss(
         self, student: Tensor, teacher: Tensor | None, rows: _Rows, counts: Tensor
@@ -190,9 +193,12 @@ class MaskedLMObjective(Objective):
             options |= {"hard_weight": config.alpha_mlm, "hard_count": counts[1]}
         if self._fused(student, weight):
             options |= {"student_bias": bias, "teacher_bias": bias_t, "precision": config.head_precision}
-            terms = linear_distillation_loss(student, weight, teacher, weight_t, rows.labels, **options)
+            if not self._teacher_autocast:
+                student = _as_in_autocast(student)
+            with self._teacher_context(student.device.type):
+                terms = linear_distillation_loss(student, weight, teacher, weight_t, rows.labels, **options)
         else:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._teacher_context(student.device.type):
                 logits_t = None if teacher is None or weight_t is None else F.linear(teacher, weight_t, bias_t)
             terms = distillation_loss(F.linear(student, weight, bias), logits_t, rows.labels, inplace=True, **options)
         return terms.loss, terms.soft, terms.hard
@@ -201,8 +207,7 @@ class MaskedLMObjective(Objective):
         """Whether the head's logits are made in chunks."""
         if self.loss.head != "auto":
             return self.loss.head == "fused"
-        kind = features.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+        dtype = _as_in_autocast(features[:0]).dtype
         if dtype.itemsize < 4 and self.loss.head_precision == "exact":
             return True  # whole logits of a half precision would be rounded
         return 2 * features.shape[0] * weight.shape[0] * dtype.itemsize >= WHOLE_BYTES
@@ -218,6 +223,14 @@ class MaskedLMObjective(Objective):
             projections=self.projections if len(self.projections) else None,
             count=count,
         )
+
+
+def _as_in_autocast(hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype that a linear layer would compute in."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return hidden.to(torch.get_autocast_dtype(kind))
+    return hidden
 
 
 def _unpadded(batch: MaskedBatch) -> bool:

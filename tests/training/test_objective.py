@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from distil_fast.training import objective as objective_module
 from distil_fast.training.batch import IGNORED, MaskedBatch
+from distil_fast.training.masked_lm import decoder
 from distil_fast.training.objective import MaskedLMObjective
 from distil_fast.training.settings import InputError, LossConfig
 from distil_fast.training.student import student_from_teacher
@@ -228,13 +229,31 @@ def test_teacher_in_a_precision_of_its_own() -> None:
     _, terms, gradients = run(module, make_batch("bert"))
     assert 1e-5 < relative_error(terms, exact[1]) < 0.05
     assert all(g.dtype == torch.float32 for g in gradients.values())
-    double = MaskedLMObjective(student, copy.deepcopy(teacher), LOSS, precision="bf16", teacher_precision="fp32")
-    seen: list[torch.dtype] = []
-    double.teacher.get_submodule("bert.encoder.layer.0.attention.self.query").register_forward_hook(
-        lambda module, args, output: seen.append(output.dtype)
-    )
-    run(double, make_batch("bert"))
-    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("head", ["fused", "whole"])
+def test_an_exact_teacher_beside_a_bf16_student(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without autocast, down to the logits."""
+    loss = replace(LOSS, head=head)  # type: ignore[arg-type]
+    module = MaskedLMObjective(*models("bert"), loss, precision="bf16", teacher_precision="fp32")
+    batch, seen = make_batch("bert"), []
+    name = "linear_distillation_loss" if head == "fused" else "distillation_loss"
+    function, teachers = getattr(objective_module, name), {"fused": 2, "whole": 1}
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append((args[0].dtype, args[teachers[head]]))
+        assert not torch.is_autocast_enabled("cpu") or head == "whole"
+        return function(*args, **options)
+
+    monkeypatch.setattr(objective_module, name, spy)
+    run(module, batch)
+    dtype, teacher = seen[0]
+    assert dtype == torch.bfloat16
+    with torch.no_grad():
+        whole = module.teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        exact = whole.logits[batch.attention_mask.bool()]
+    logits = teacher @ decoder(module.teacher)[0].T + decoder(module.teacher)[1] if head == "fused" else teacher
+    assert relative_error(logits, exact) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ the teacher's place
@@ -329,13 +348,12 @@ def test_auto_is_whole_where_logits_are_small_and_exact() -> None:
     assert_same(run(auto, batch), expected(auto, batch), 2e-4)
 
 
-@pytest.mark.parametrize("layers", [None, [(1, 2)]])
-def test_compiled_encoders_compute_the_same(layers: list[tuple[int, int]] | None) -> None:
-    """Traced and differentiated by torch.compile, run by torch; inductor's code is its own tests' matter."""
-    module, batch = MaskedLMObjective(*models("bert"), replace(LOSS, layers=layers)), make_batch("bert")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_encoders_compute_the_same(backend: str) -> None:
+    module, batch = MaskedLMObjective(*models("bert"), replace(LOSS, layers=[(1, 2), (-1, -1)])), make_batch("bert")
     names = set(module.state_dict())
     wanted = expected(module, batch)
-    module.compile_models(backend="aot_eager")
+    module.compile_models(backend=backend)
     assert_same(run(module, batch), wanted, 2e-4)
     assert set(module.state_dict()) == names
 
