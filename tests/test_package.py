@@ -82,7 +82,9 @@ ARROWS: dict[str, set[str]] = {
 RUNTIME = {"torch", "numpy"}
 NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
-    "training": RUNTIME | {"transformers", "datasets", "pyarrow", "filelock", "safetensors", "rich", "matplotlib"},
+    "training": RUNTIME
+    | {"accelerate", "transformers", "datasets", "pyarrow", "filelock", "jsonargparse", "yaml", "safetensors"}
+    | {"rich", "matplotlib"},
     "integrations": RUNTIME | {"transformers"},
     "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel"},
     "cli": {"rich"},
