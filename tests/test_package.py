@@ -70,7 +70,7 @@ ARROWS: dict[str, set[str]] = {
         "reference",
         "teachers",
     },
-    "training": PUBLIC,
+    "training": PUBLIC | {"backends"},  # environment.py tells which serves a device
     "integrations": PUBLIC,
     "bench": PUBLIC | {"_C", "backends"},  # which name what serves, and choose another to measure it
     "cli": {"bench", "training"},
@@ -80,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
 RUNTIME = {"torch", "numpy"}
 NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
-    "training": RUNTIME | {"transformers", "safetensors", "rich", "matplotlib"},
+    "training": RUNTIME | {"transformers", "datasets", "safetensors", "rich", "matplotlib", "yaml"},
     "integrations": RUNTIME | {"transformers"},
     "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel"},
     "cli": {"rich"},

@@ -68,11 +68,9 @@ def _distilbert(teacher: BertForSequenceClassification, layers: Sequence[int]) -
     }
     student = DistilBertForSequenceClassification(DistilBertConfig(**settings))
     student.distilbert.load_state_dict(half.distilbert.state_dict())
-    for target, source in (
-        (student.pre_classifier, teacher.bert.pooler.dense),
-        (student.classifier, teacher.classifier),
-    ):
-        target.load_state_dict(source.state_dict())
+    assert teacher.bert.pooler is not None  # as in every classifier
+    student.pre_classifier.load_state_dict(teacher.bert.pooler.dense.state_dict())
+    student.classifier.load_state_dict(teacher.classifier.state_dict())
     return student
 
 

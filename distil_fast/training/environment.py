@@ -90,10 +90,10 @@ def _backends(device: str) -> dict[str, tuple[str, str]]:
     found = {}
     for dtype in DTYPES:
         try:
-            served = tuple(serving(device, dtype))
+            name, why = serving(device, dtype)
         except ValueError as error:  # DISTIL_FAST_BACKEND names one that cannot
-            served = ("none", str(error))
-        found[str(dtype).removeprefix("torch.")] = served
+            name, why = "none", str(error)
+        found[str(dtype).removeprefix("torch.")] = name, why
     return found
 
 
@@ -132,22 +132,26 @@ def cache_folder() -> Path:
 def table(found: Environment) -> Table:
     """The same for the screen."""
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     shown.add_column(style="bold", no_wrap=True)
     shown.add_column(overflow="fold")
+    rows: list[tuple[str, str]] = []
     for name, version in found.versions.items():
-        shown.add_row(name, version)
-    shown.add_row("system", found.system)
-    shown.add_row("threads", f"{found.threads} on {found.cores} cores")
-    shown.add_row("CPU kernels", found.instruction_set)
+        rows.append((name, version))
+    rows.append(("system", found.system))
+    rows.append(("threads", f"{found.threads} on {found.cores} cores"))
+    rows.append(("CPU kernels", found.instruction_set))
     for device in found.devices:
         memory = "" if device.memory_gib is None else f", {device.memory_gib:g} GiB"
-        shown.add_row(device.name, device.model + memory)
+        rows.append((device.name, device.model + memory))
         for dtype, (name, why) in device.backends.items():
-            shown.add_row(f"  {dtype}", f"{name}: {why}")
+            rows.append((f"  {dtype}", f"{name}: {why}"))
     for extra, names in found.extras.items():
         remedy = f"missing {', '.join(names)}: pip install 'distil-fast[{extra}]'"
-        shown.add_row(f"extra {extra}", remedy if names else "installed")
-    shown.add_row("cache", found.cache)
+        rows.append((f"extra {extra}", remedy if names else "installed"))
+    rows.append(("cache", found.cache))
+    for name, words in rows:
+        shown.add_row(name, Text(words))  # as it is: rich would take the [brackets] for its own
     return shown

@@ -7,7 +7,7 @@ nothing of distillation. Next: glue_tasks.py for the examples, judge.py, which c
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -250,14 +250,22 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def run(student: str, teacher: str, config: GlueConfig, console: Console) -> dict[str, Any]:
-    """Fine-tune and score both on all tasks, print the retention table, and return it as plain data.
+def run(
+    student: str, teacher: str, config: GlueConfig, console: Console, tasks: Sequence[TaskData] | None = None
+) -> dict[str, Any]:
+    """Fine-tune and score both models on all tasks, print the retention table, and return it as plain data.
+
+    Args:
+        student, teacher: folders, or names on the hub.
+        config: the numbers of the fine-tuning, and the tasks.
+        console: of rich.
+        tasks: their examples, where they have been read; None: `read_tasks`.
 
     Raises:
         InputError: as `read_tasks` and `fine_tune`; nothing is trained before all examples are read.
     """
     scores: dict[str, tuple[Scores, Scores]] = {}
-    for data in read_tasks(config):
+    for data in read_tasks(config) if tasks is None else tasks:
         counts = f"{len(data.train.texts):,} examples, {len(data.held_out.texts):,} held out"
         if malformed := data.train.malformed + data.held_out.malformed:
             counts += f", {malformed} malformed rows left out"
@@ -265,7 +273,7 @@ def run(student: str, teacher: str, config: GlueConfig, console: Console) -> dic
         pair = []
         for role, source in (("student", student), ("teacher", teacher)):
             console.print(f"Fine-tuning the {role}", highlight=False)
-            pair.append(fine_tune(source, data, config, partial(console.print, highlight=False)))
+            pair.append(fine_tune(source, data, config, partial(console.print, highlight=False, markup=False)))
         scores[data.task.name] = pair[0], pair[1]
     found = retention(scores)
     console.print(retention_table(found, scores))

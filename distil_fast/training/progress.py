@@ -56,7 +56,7 @@ class Display:
 
     def __call__(self, progress: Progress) -> None:
         if self.live is None:
-            self.console.print(f"{self.title}: {in_words(progress)}", highlight=False, soft_wrap=True)
+            self.console.print(f"{self.title}: {in_words(progress)}", highlight=False, markup=False, soft_wrap=True)
         else:
             self.live.update(self._block(progress), refresh=True)
 
