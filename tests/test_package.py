@@ -72,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "reference",
         "teachers",
     },
-    "training": PUBLIC,
+    "training": PUBLIC | {"backends"},  # environment.py tells which serves a device
     "integrations": PUBLIC,
     "bench": PUBLIC | {"_C", "backends"},  # which name what serves, and choose another to measure it
     "cli": {"bench", "training"},

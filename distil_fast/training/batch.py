@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     attention_mask: Tensor  # [B, S], 1: a real token, 0: padding
     tokens: Tensor  # [n] flat positions (row * S + column) of the real tokens, ascending
     labels: Tensor | None = None  # [B] of sequence classification: classes, or float values for a regression
+    token_type_ids: Tensor | None = None  # [B, S] of sequence classification, 1: the second text
 
 
 class MaskedBatch(NamedTuple):

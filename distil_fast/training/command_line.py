@@ -10,13 +10,15 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from distil_fast.training.settings import InputError, as_plain
+from distil_fast.training.results import plain
+from distil_fast.training.settings import InputError
 
 PRESETS = Path(__file__).parent / "presets"
 CLOSE = 0.6  # how alike two names must be for one to be proposed in the place of the other
@@ -54,7 +56,7 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str, description: str, 
 
 def as_yaml(config: Any) -> str:
     """A configuration as a YAML file that gives it again."""
-    return yaml.safe_dump(as_plain(config), sort_keys=False)
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False)
 
 
 def _parser(kind: type[Any], prog: str, description: str, presets: bool) -> ArgumentParser:

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import BertForMaskedLM, DistilBertForMaskedLM, PreTrainedTokenizerBase
 
-from distil_fast.training import evaluate, report, throughput
+from distil_fast.training import evaluate, latency, report, throughput
 from distil_fast.training.atomic import replacing
 from distil_fast.training.config import (
     EVALUATION_MASKING,
@@ -208,15 +208,17 @@ def _compare(session: Session, untrained: MaskedLM, distilled: MaskedLM) -> dict
     masking, held_out = session.masking(EVALUATION_MASKING), session.text.held_out
     masked = [masking(batch) for batch in batches(held_out, EVALUATION_BATCH, session.teacher.tokenizer.pad_token_id)]
     models: dict[str, MaskedLM] = {"teacher": session.teacher.model, "untrained": untrained, "distilled": distilled}
-    predictions = {name: evaluate.predict(model, masked) for name, model in models.items()}
+    qualities = evaluate.compare(session.teacher.model, {k: m for k, m in models.items() if k != "teacher"}, masked)
     longest = max(held_out, key=len).unsqueeze(0)
-    latencies = dict(zip(models, evaluate.encoder_latencies(list(models.values()), longest), strict=True))
+    latencies = dict(zip(models, latency.encoder_latencies(list(models.values()), longest), strict=True))
     return {
         name: report.ModelResults(
             parameters=evaluate.parameter_count(model),
             weight_bytes=evaluate.weight_bytes(model),
             latency=latencies[name],
-            **evaluate.quality(predictions[name], predictions["teacher"])._asdict(),
+            accuracy=qualities[name].accuracy,
+            pseudo_perplexity=qualities[name].pseudo_perplexity,
+            agreement=qualities[name].agreement,
         )
         for name, model in models.items()
     }

@@ -6,7 +6,7 @@ It knows the screen and the shape of the results; nothing of how they came about
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from distil_fast.training import results as run_results
 from distil_fast.training.atomic import replacing
+from distil_fast.training.comparison import column_titles, in_columns, measures
 from distil_fast.training.simple import TERMS
 
 CURVE_TITLES = {
@@ -85,6 +87,18 @@ def quality_table(results: Results) -> Table:
     table.add_row("MLM top-1 accuracy", *(f"{m.accuracy:.1%}" for m in models))
     table.add_row("pseudo-perplexity", *(f"{m.pseudo_perplexity:,.1f}" for m in models))
     table.add_row("agreement with teacher", *(f"{m.agreement:.1%}" for m in models))
+    return table
+
+
+def comparison_table(models: Mapping[str, run_results.ModelResults]) -> Table:
+    """The comparison of a run's models, one row a measure; the same rows as the page's."""
+    ordered = in_columns(models)
+    table = Table(title="Size, speed, and quality on held-out examples", title_justify="left")
+    table.add_column("")
+    for title in column_titles(ordered):
+        table.add_column(title, justify="right")
+    for measure in measures(ordered):
+        table.add_row(measure.title, *measure.cells())
     return table
 
 

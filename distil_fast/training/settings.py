@@ -6,9 +6,9 @@ says otherwise. No behaviour but checks that need nothing else. Next: cli_train.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 class InputError(ValueError):
@@ -231,14 +231,67 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp2"] = "ddp"
 
 
-def as_plain(config: Any) -> dict[str, Any]:
-    """A configuration's fields as JSON and YAML hold them: paths as strings, tuples as lists."""
+@dataclass(frozen=True)
+class GlueConfig:
+    """Fine-tuning on GLUE tasks, of student and teacher alike, and scoring on what the tasks hold out.
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(one) for name, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(one) for one in value]
-        return str(value) if isinstance(value, Path) else value
+    Args:
+        tasks: of "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli".
+        folder: of the tasks' files, a folder each as GLUE is distributed (SST-2/train.tsv and dev.tsv) or by the task's
+            name (sst2/train.jsonl and held_out.jsonl); null: the dataset "glue" on the Hugging Face hub.
+        train: instead of `folder`, the training file (TSV, CSV or JSONL) of the one task.
+        held_out: likewise its file to score on.
+        epochs: passes over the training examples.
+        batch_size: examples of an optimiser step.
+        learning_rates: peaks; each model is scored at the one that suits it best, as Devlin et al. 2019 choose.
+        warmup: share of the steps in which the learning rate rises, before it falls linearly.
+        weight_decay: of weight matrices.
+        max_grad_norm: gradients of a larger norm are scaled down to it.
+        max_length: tokens of an example, special ones included; longer ones are cut.
+        seeds: of the order of examples, dropout and the new classifier; a run each.
+    """
 
-    return plain(asdict(config))
+    tasks: list[str] = field(default_factory=list)
+    folder: Path | None = None
+    train: Path | None = None
+    held_out: Path | None = None
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rates: list[float] = field(default_factory=lambda: [2e-5, 5e-5])
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """A run of `distil-fast eval`: a student beside its teacher, as masked language models and on GLUE tasks.
+
+    Args:
+        student: a folder, or a name on the Hugging Face hub.
+        teacher: likewise.
+        text: UTF-8 files to measure masked language modelling on; none: that part is left out.
+        layers: the teacher's layer, from 0, that each of the student's was copied from, for the cosines; null: evenly
+            spaced ones.
+        sequence_length: tokens, [CLS] and [SEP] included.
+        rate: share of the tokens that are hidden, all of them by [MASK], uniformly.
+        batch_size: sequences of one forward.
+        latency: measure latency and throughput of the encoders, at batches of 1 and 32.
+        glue: fine-tuning and scoring on GLUE tasks; without tasks that part is left out.
+        seed: of the masks.
+        output: folder for evaluation.json.
+    """
+
+    student: str = ""
+    teacher: str = ""
+    text: list[Path] = field(default_factory=list)
+    layers: list[int] | None = None
+    sequence_length: int = 128
+    rate: float = 0.15
+    batch_size: int = 16
+    latency: bool = True
+    glue: GlueConfig = field(default_factory=GlueConfig)
+    seed: int = 56
+    output: Path = Path("runs/eval")
