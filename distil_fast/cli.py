@@ -59,11 +59,11 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from distil_fast.training.config import DemoConfig, InputError
-    from distil_fast.training.demo import run
+    from distil_fast.training.demo import DemoConfig, demo
+    from distil_fast.training.settings import InputError
 
     try:
-        run(DemoConfig(arguments.teacher, arguments.text, arguments.output, precision=arguments.precision), Console())
+        demo(DemoConfig(arguments.teacher, arguments.text, arguments.output, precision=arguments.precision), Console())
     except (InputError, FloatingPointError) as error:
         print(f"distil-fast demo: {error}", file=sys.stderr)
         return 1
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command.run(arguments)
         from distil_fast.training import commands
 
-        return commands.run(arguments.command, words[1:], command.help)
+        return commands.run_command(arguments.command, words[1:], command.help)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
@@ -109,3 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":  # python -m distil_fast.cli, as launchers of several processes want it
+    sys.exit(main())

@@ -6,6 +6,7 @@ own. Next: command_line.py, run.py.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,9 @@ from rich.console import Console
 
 from distil_fast.training import environment, judge, run
 from distil_fast.training.command_line import parse
-from distil_fast.training.settings import EnvironmentConfig, EvalConfig, InputError, TrainConfig
+from distil_fast.training.health import NonFiniteLoss
+from distil_fast.training.interrupt import Interrupted
+from distil_fast.training.settings import EvalConfig, InputError, TrainConfig
 
 
 def _train(argv: Sequence[str], prog: str, about: str) -> None:
@@ -21,22 +24,27 @@ def _train(argv: Sequence[str], prog: str, about: str) -> None:
 
 
 def _eval(argv: Sequence[str], prog: str, about: str) -> None:
-    judge.run(parse(EvalConfig, argv, prog, about), Console())
+    judge.judge_run(parse(EvalConfig, argv, prog, about), Console())
 
 
 def _env(argv: Sequence[str], prog: str, about: str) -> None:
-    environment.show(parse(EnvironmentConfig, argv, prog, about), Console())
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser.parse_args(list(argv))
+    Console().print(environment.table(environment.environment()))
 
 
 COMMANDS = {"train": _train, "eval": _eval, "env": _env}
 
 
 def run_command(name: str, argv: Sequence[str], about: str) -> int:
-    """Runs a command; returns the exit status: 1 for an error, which is one line, 2 for options that do not parse."""
+    """Runs a command; returns the exit status: 1 for an error, which is one message, 130 after a signal."""
     prog = f"distil-fast {name}"
     try:
         COMMANDS[name](argv, prog, about)
-    except (InputError, FloatingPointError) as error:
+    except (InputError, NonFiniteLoss, FloatingPointError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        return 130
     return 0

@@ -17,6 +17,7 @@ import torch
 
 import distil_fast
 from distil_fast.backends import module, serving
+from distil_fast.training.cache import cache_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -122,11 +123,6 @@ def missing_extras() -> dict[str, list[str]]:
         name, extra = found.groups()
         missing.setdefault(extra, []).extend([] if _version(name) else [name])
     return missing
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/distil_fast`, or `~/.cache/distil_fast`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distil_fast"
 
 
 def table(found: Environment) -> Table:

@@ -166,6 +166,12 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
+def measures(quality: Quality) -> dict[str, float]:
+    """What the reports show of it, by name."""
+    names = ("accuracy", "pseudo_perplexity", "agreement", "kl")
+    return {name: getattr(quality, name) for name in names}
+
+
 def parameter_count(model: torch.nn.Module) -> int:
     """Shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,6 +1,6 @@
-"""What a run trains and how it is judged: the parts that masked-LM and task distillation fill in, each in its own way.
+"""What a run trains and how it is judged: the parts that masked-LM and task distillation fill in.
 
-It knows the protocols and nothing else. Next: masked_lm_job.py and task_job.py, which make jobs; run.py, which runs one.
+It knows the protocols and nothing else. Next: masked_lm_job.py and task_job.py, which make them; run.py.
 """
 
 from __future__ import annotations

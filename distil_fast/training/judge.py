@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -17,16 +17,19 @@ from rich.console import Console
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from distil_fast.training import evaluate, glue, latency
+from distil_fast.training.architectures import longest_sequence
+from distil_fast.training.arrange import evaluation_batches
 from distil_fast.training.atomic import replacing
 from distil_fast.training.comparison import TEACHER
-from distil_fast.training.data import batches, documents_from_file, pack
 from distil_fast.training.environment import environment
 from distil_fast.training.masked_lm import MaskedLM
+from distil_fast.training.masked_lm_job import described
 from distil_fast.training.masking import DynamicMasking, MaskedBatch
 from distil_fast.training.report import comparison_table
 from distil_fast.training.results import ModelResults, plain
-from distil_fast.training.settings import EvalConfig, InputError, MaskingConfig
+from distil_fast.training.settings import EVALUATION_MASKING, DataConfig, EvalConfig, InputError
 from distil_fast.training.student import evenly_spaced_layers
+from distil_fast.training.text import open_held_out
 
 STUDENT = "student"
 FILE = "evaluation.json"
@@ -99,22 +102,7 @@ def masked_lm_results(config: EvalConfig, console: Console) -> dict[str, ModelRe
         with console.status("Timing the encoders"):
             positions = [getattr(model.config, "max_position_embeddings", 128) for model in models.values()]
             speeds = latency.encoder_speeds(models, min(128, *positions))
-    return {
-        name: ModelResults(
-            parameters=evaluate.parameter_count(model),
-            weight_bytes=evaluate.weight_bytes(model),
-            latency={str(speed.batch_size): speed.seconds for speed in speeds[name]},
-            tokens_per_second={str(speed.batch_size): speed.tokens_per_second for speed in speeds[name]},
-            quality=_measures(qualities.get(name)),
-            cosines=list(qualities[name].cosines) if name in qualities else [],
-        )
-        for name, model in models.items()
-    }
-
-
-def _measures(quality: evaluate.Quality | None) -> dict[str, float]:
-    names = ("accuracy", "pseudo_perplexity", "agreement", "kl")
-    return {} if quality is None else {name: getattr(quality, name) for name in names}
+    return described(models, qualities, speeds)
 
 
 def _layers(config: EvalConfig, teacher: MaskedLM, student: MaskedLM) -> list[int]:
@@ -133,14 +121,12 @@ def _layers(config: EvalConfig, teacher: MaskedLM, student: MaskedLM) -> list[in
 
 def masked_batches(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, model: MaskedLM) -> Iterator[MaskedBatch]:
     """The text's sequences under masks that depend on the text, the tokenizer and the seed alone."""
-    documents = [document for path in config.text for document in documents_from_file(path)]
-    length = min(config.sequence_length, model.config.max_position_embeddings)
-    uniform = torch.ones(model.config.vocab_size)
-    setting = MaskingConfig(rate=config.rate, mask=1.0, random=0.0, smoothing=0.0)
+    length = min(config.sequence_length, longest_sequence(model))
+    sequences = open_held_out(DataConfig(held_out=config.text, sequence_length=length), tokenizer)
     ids = tokenizer.all_special_ids, tokenizer.mask_token_id
-    masking = DynamicMasking(uniform, *ids, setting, config.seed)  # type: ignore[arg-type]
-    sequences = pack(documents, tokenizer, length)
-    return map(masking, batches(sequences, config.batch_size, tokenizer.pad_token_id))
+    setting = replace(EVALUATION_MASKING, rate=config.rate)
+    masking = DynamicMasking(torch.ones(model.config.vocab_size), *ids, setting, config.seed)
+    return map(masking, evaluation_batches(sequences, config.batch_size))
 
 
 def load_masked_lm(source: str, role: str) -> tuple[MaskedLM, PreTrainedTokenizerBase]:

@@ -92,22 +92,3 @@ def decoder(model: MaskedLM) -> tuple[Tensor, Tensor | None]:
 def apply_head(model: MaskedLM, hidden: Tensor) -> Tensor:
     """The logits [..., V] of hidden states [..., H]."""
     return F.linear(transform(model, hidden), *decoder(model))
-
-
-def resolve_precision(precision: str) -> str:
-    """ "fp32" or "bf16"; "auto" is bf16 where the processor multiplies bf16 matrices natively.
-
-    Raises:
-        ValueError: not one of `PRECISIONS`.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}.")
-    if precision != "auto":
-        return precision
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if any(capabilities.get(name) for name in BF16_INSTRUCTIONS) else "fp32"
-
-
-def autocast(model: MaskedLM, precision: str) -> torch.autocast:
-    """The context for forward passes of `model` in "fp32" or "bf16"; weights stay in fp32."""
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -6,9 +6,7 @@ knows nothing of training. Next: report.py for the tables, html_report.py for th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import TracebackType
-from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,18 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-
-class Progress(NamedTuple):
-    """How far a run is, at a reading of its numbers; means over the steps since the reading before."""
-
-    step: int  # optimiser steps done
-    steps: int  # in the whole run
-    terms: Mapping[str, float]  # the loss and its terms before their weights, by name
-    tokens_per_second: float  # real ones, of all ranks
-    eta_seconds: float
-    learning_rate: float
-    gradient_norm: float  # before clipping
-    skipped: int = 0  # updates left out because of a loss that was not finite
+from distil_fast.training.metrics import Progress
 
 
 class Display:
@@ -68,7 +55,7 @@ class Display:
             bar,
             f"{progress.step:,} / {progress.steps:,}",
             f"{progress.step / max(progress.steps, 1):.0%}",
-            f"{duration(progress.eta_seconds)} left" if progress.step < progress.steps else "done",
+            f"{duration(progress.seconds_left)} left" if progress.step < progress.steps else "done",
         )
         numbers = Table.grid(padding=(0, 2))
         cells = {name: f"{value:.4g}" for name, value in progress.terms.items()} | _rates(progress)
@@ -92,7 +79,7 @@ def in_words(progress: Progress) -> str:
     """One line, for logs."""
     terms = " ".join(f"{name} {value:.4g}" for name, value in progress.terms.items())
     rates = " ".join(f"{name} {value}" for name, value in _rates(progress).items())
-    return f"step {progress.step:,} of {progress.steps:,}, {terms}, {rates}, {duration(progress.eta_seconds)} left"
+    return f"step {progress.step:,} of {progress.steps:,}, {terms}, {rates}, {duration(progress.seconds_left)} left"
 
 
 def duration(seconds: float) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import TypeAlias
 
 import transformers
 from accelerate import Accelerator
@@ -24,11 +25,12 @@ from distil_fast.training.job import Job
 from distil_fast.training.metrics import History
 from distil_fast.training.progress import Display, duration
 from distil_fast.training.report import comparison_table
-from distil_fast.training.results import STEP, RunResults
-from distil_fast.training.settings import InputError, TrainConfig, as_plain
+from distil_fast.training.results import STEP, RunResults, plain
+from distil_fast.training.settings import InputError, TrainConfig
 from distil_fast.training.trainer import Trainer
 
 RESULTS, REPORT = "results.json", "report.html"
+JobMaker: TypeAlias = Callable[[Console], Job]
 
 
 def train(config: TrainConfig, console: Console | None = None) -> RunResults | None:
@@ -54,7 +56,9 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResults | N
     return run(config, accelerator, lambda speaking: make(config, accelerator, speaking), console)
 
 
-def run(config: TrainConfig, accelerator: Accelerator, prepare: JobMaker, console: Console | None = None) -> RunResults | None:
+def run(
+    config: TrainConfig, accelerator: Accelerator, prepare: JobMaker, console: Console | None = None
+) -> RunResults | None:
     """`train`, of a job that somebody else prepares."""
     quiet = not accelerator.is_main_process
     console = Console(quiet=True) if quiet else console or Console()
@@ -83,7 +87,7 @@ def run(config: TrainConfig, accelerator: Accelerator, prepare: JobMaker, consol
             models = job.compare()
     found = RunResults(
         title=job.title,
-        configuration=as_plain(config),
+        configuration=plain(asdict(config)),
         environment=environment().as_dict(),
         history=_columns(history),
         evaluations=_evaluations(history),

@@ -89,6 +89,10 @@ class MaskingConfig:
     whole_word: bool = False
 
 
+# Uniform positions, all of them hidden: the question a reader expects behind "accuracy" and "pseudo-perplexity".
+EVALUATION_MASKING = MaskingConfig(mask=1.0, random=0.0, smoothing=0.0)
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """The three terms: loss = alpha_ce ce + alpha_mlm mlm + alpha_cos cos. A term of weight 0 is not computed.
@@ -272,7 +276,8 @@ class EvalConfig:
     Args:
         student: a folder, or a name on the Hugging Face hub.
         teacher: likewise.
-        text: UTF-8 files to measure masked language modelling on; none: that part is left out.
+        text: a UTF-8 file, a folder or a list of these, to measure masked language modelling on; null: that part is
+            left out.
         layers: the teacher's layer, from 0, that each of the student's was copied from, for the cosines; null: evenly
             spaced ones.
         sequence_length: tokens, [CLS] and [SEP] included.
@@ -286,7 +291,7 @@ class EvalConfig:
 
     student: str = ""
     teacher: str = ""
-    text: list[Path] = field(default_factory=list)
+    text: list[str] | str | None = None
     layers: list[int] | None = None
     sequence_length: int = 128
     rate: float = 0.15

@@ -74,8 +74,12 @@ def open_sources(config: DataConfig, cache: Path) -> tuple[Source, Source | None
 
 def _training_source(config: DataConfig, cache: Path) -> Source:
     if config.dataset is None:
-        return text_source(config.text)
+        return text_source(_paths(config.text))
     return dataset_source(load(config, config.split, cache), config.column, config.dataset)
+
+
+def _paths(named: str | list[str] | None) -> list[Path]:
+    return [Path(name) for name in ([named] if isinstance(named, str) else named or [])]
 
 
 def held_out_source(config: DataConfig, cache: Path) -> Source | None:
@@ -85,7 +89,7 @@ def held_out_source(config: DataConfig, cache: Path) -> Source | None:
     if isinstance(config.held_out, str) and config.dataset is not None:
         split = config.held_out
         return dataset_source(load(config, split, cache), config.column, f"{config.dataset}, {split}")
-    return text_source([Path(config.held_out)] if isinstance(config.held_out, str) else config.held_out)
+    return text_source(_paths(config.held_out))
 
 
 def text_source(paths: Sequence[Path]) -> Source:

@@ -71,12 +71,21 @@ def make_student(teacher: PreTrainedModel, config: StudentConfig) -> PreTrainedM
                 f"student.layers: expected none beside student.config, which has its own number, got {config.layers}."
             )
         return _from_configuration(teacher, config.config)
-    layers = config.layers
-    if not isinstance(layers, list):
-        layers = evenly_spaced_layers(layer_count(teacher), layers)
+    layers = _layers(teacher, config)
     if config.initialisation == "random":
         return _empty_student(teacher, _checked(layers, teacher))
     return student_from_teacher(teacher, layers, token_types=config.token_types)
+
+
+def teacher_layers(teacher: PreTrainedModel, config: StudentConfig) -> list[int] | None:
+    """The teacher's layer that each of the student's starts as; None of a student of random weights."""
+    return None if config.config is not None or config.initialisation == "random" else _layers(teacher, config)
+
+
+def _layers(teacher: PreTrainedModel, config: StudentConfig) -> list[int]:
+    if isinstance(config.layers, list):
+        return config.layers
+    return evenly_spaced_layers(layer_count(teacher), config.layers)
 
 
 def student_from_teacher(

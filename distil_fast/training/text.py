@@ -34,7 +34,7 @@ from distil_fast.training.sources import (
     open_sources,
 )
 from distil_fast.training.stream import StreamFeed
-from distil_fast.training.tokenise import Part, Progress, silent, tokenise
+from distil_fast.training.tokenise import Part, Progress, TokenisedText, silent, tokenise
 from distil_fast.training.words import continues_word
 
 MINIMUM_SEQUENCES = 8  # in either part
@@ -150,12 +150,34 @@ def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, cache: Pat
         rows = list(documents_from_rows(row[config.column] for row in stream.take(HELD_OUT_ROWS)))
         held_out = documents_source(f"{config.dataset}, the first {HELD_OUT_ROWS} rows", rows)
         stream = stream.skip(HELD_OUT_ROWS)
-    nothing = documents_source("nothing", [])
-    tokenised = tokenise(nothing, held_out, 2, tokenizer, cache, config.workers, progress)
+    tokenised = _only_held_out(held_out, config, tokenizer, cache, progress)
     sequences = _arranged("held_out", tokenised.held_out, tokenised.key, config, tokenizer)
     counts = np.bincount(tokenised.held_out.tokens, minlength=len(tokenizer))
     counts[tokenizer.sep_token_id] -= len(tokenised.held_out.offsets) - 1  # these end the documents
     return Text(stream, sequences, counts, _summary("held_out", tokenised.held_out, sequences), tokenizer, config)
+
+
+def open_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> Sequences:
+    """The sequences of `config.held_out` alone, for a model that is not to be trained.
+
+    Raises:
+        InputError: as `open_text`.
+    """
+    specials_of(tokenizer)
+    cache = config.cache or cache_folder()
+    make_writable(cache, "cache")
+    held_out = held_out_source(config, cache)
+    if held_out is None:
+        raise InputError("held_out: expected a text, got none.")
+    tokenised = _only_held_out(held_out, config, tokenizer, cache, progress)
+    return _arranged("held_out", tokenised.held_out, tokenised.key, config, tokenizer)
+
+
+def _only_held_out(
+    held_out: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, cache: Path, progress: Progress
+) -> TokenisedText:
+    nothing = documents_source("nothing", [])
+    return tokenise(nothing, held_out, 2, tokenizer, cache, config.workers, progress)
 
 
 def _summary(name: str, part: Part, sequences: Sequences) -> dict[str, int]:

@@ -1,28 +1,30 @@
 """Tokens a second with distil_fast's losses and with plain PyTorch's, on the demo's own batches.
 
 Contenders take turns in one process and medians are compared; before any timing their values must agree.
-Next: trainer.py for the step that is timed, report.py for where the numbers go.
+Next: objective.py for the step that these losses are a part of; distil-fast bench train times whole steps.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from distil_fast import TripleTerms, triple_loss
-from distil_fast.training.config import TrainingConfig
-from distil_fast.training.masked_lm import MaskedLM, apply_head, autocast, encode
+from distil_fast.training.masked_lm import MaskedLM, apply_head, encode
 from distil_fast.training.masking import MaskedBatch
-from distil_fast.training.simple import LossFunction, Trainer
+from distil_fast.training.precision import autocast
+from distil_fast.training.settings import LossConfig
 
-DISTIL_FAST, PYTORCH = "distil_fast", "pytorch"
+LossFunction: TypeAlias = Callable[..., TripleTerms]
+
+DISTIL_FAST, PYTORCH = "distil_fast", "plain PyTorch"
 REPEATS = 7
 TOLERANCE = 1e-3  # relative, between the contenders' losses
 
@@ -66,11 +68,11 @@ LOSSES: dict[str, LossFunction] = {DISTIL_FAST: triple_loss, PYTORCH: plain_trip
 
 
 def loss_throughput(
-    student: MaskedLM, teacher: MaskedLM, batches: Sequence[MaskedBatch], config: TrainingConfig, precision: str
+    student: MaskedLM, teacher: MaskedLM, batches: Sequence[MaskedBatch], config: LossConfig, precision: str
 ) -> dict[str, float]:
     """Real tokens a second of the loss and its gradient alone, on the logits that the models give for a batch."""
     batch = batches[0]
-    with torch.no_grad(), autocast(student, precision):
+    with torch.no_grad(), autocast(student.device, precision):
         hidden = [encode(model, batch.input_ids, batch.attention_mask) for model in (student, teacher)]
         logits = [apply_head(model, h) for model, h in zip((student, teacher), hidden, strict=True)]
     tokens = batch.attention_mask.sum()
@@ -97,22 +99,6 @@ def loss_throughput(
         return terms.loss.item()
 
     return _tokens_per_second(int(tokens), {name: partial(run, loss) for name, loss in LOSSES.items()})
-
-
-def step_throughput(
-    student: MaskedLM, teacher: MaskedLM, batches: Sequence[MaskedBatch], config: TrainingConfig, precision: str
-) -> dict[str, float]:
-    """Real tokens a second of whole optimiser steps on `batches`, made on copies of the student without dropout."""
-    trainers = {
-        name: Trainer(copy.deepcopy(student).train(False), teacher, config, precision, loss_function)
-        for name, loss_function in LOSSES.items()
-    }
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-
-    def run(trainer: Trainer) -> float:
-        return trainer.step(batches)[0].item()
-
-    return _tokens_per_second(tokens, {name: partial(run, trainer) for name, trainer in trainers.items()})
 
 
 def _tokens_per_second(tokens: int, contenders: Mapping[str, Callable[[], float]]) -> dict[str, float]:
