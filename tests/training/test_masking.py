@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distil_fast.training.config import EVALUATION_MASKING
 from distil_fast.training.masking import IGNORED, Batch, DynamicMasking, MaskedBatch
-from distil_fast.training.settings import InputError, MaskingConfig
+from distil_fast.training.settings import EVALUATION_MASKING, InputError, MaskingConfig
 
 PAD, UNK, CLS, SEP, MASK = SPECIALS = range(5)
 VOCABULARY = 1000

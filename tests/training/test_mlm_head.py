@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from distil_fast.training.config import HeadConfig
 from distil_fast.training.masking import IGNORED, MaskedBatch
-from distil_fast.training.mlm_head import cache_folder, cache_key, fit_head, load_fitted, save_fitted
+from distil_fast.training.mlm_head import HeadConfig, cache_key, fit_head, load_fitted, save_fitted
 
 MakeTeacher = Callable[..., BertForMaskedLM]
 
@@ -89,11 +88,3 @@ def test_cache_key_depends_on_weights_text_and_settings(make_teacher: MakeTeache
     model.bert.encoder.layer[1].output.dense.bias.data[0] += 1e-6
     others.append(cache_key(model, text, HeadConfig(steps=5)))
     assert len({key, *others}) == 5
-
-
-def test_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "distil_fast"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder() == tmp_path / "home" / ".cache" / "distil_fast"

@@ -12,12 +12,12 @@ from transformers import BertForMaskedLM
 from distil_fast import TripleTerms
 from distil_fast.reference import triple_loss
 from distil_fast.training import throughput
-from distil_fast.training.config import TrainingConfig
 from distil_fast.training.masking import IGNORED, MaskedBatch
+from distil_fast.training.settings import LossConfig
 from distil_fast.training.student import student_from_teacher
 
 MakeTeacher = Callable[..., BertForMaskedLM]
-CONFIG = TrainingConfig(steps=100)
+CONFIG = LossConfig()
 
 
 @pytest.mark.parametrize("lengths", [[9, 9, 9], [9, 4, 6]])
@@ -61,10 +61,9 @@ def test_speeds_count_real_tokens_and_leave_the_student_alone(make_teacher: Make
         torch.where(torch.arange(12) == 3, input_ids, IGNORED),
         None,
     )
-    for measure in (throughput.loss_throughput, throughput.step_throughput):
-        speeds = measure(student, teacher, [batch, batch], CONFIG, "fp32")
-        assert set(speeds) == {"distil_fast", "pytorch"}
-        assert 10 < min(speeds.values()) < max(speeds.values()) < 1e7
+    speeds = throughput.loss_throughput(student, teacher, [batch, batch], CONFIG, "fp32")
+    assert set(speeds) == {"distil_fast", "plain PyTorch"}
+    assert 10 < min(speeds.values()) < max(speeds.values()) < 1e7
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
 
@@ -74,7 +73,7 @@ def test_contenders_that_disagree_are_not_timed(make_teacher: MakeTeacher, monke
         terms = throughput.plain_triple_loss(*args, **kwargs)  # type: ignore[arg-type]
         return terms._replace(loss=1.01 * terms.loss)
 
-    monkeypatch.setattr(throughput, "LOSSES", throughput.LOSSES | {"pytorch": wrong})
+    monkeypatch.setattr(throughput, "LOSSES", throughput.LOSSES | {throughput.PYTORCH: wrong})
     teacher = make_teacher()
     ids = torch.full((2, 12), 7)
     batch = MaskedBatch(ids, torch.ones_like(ids), torch.arange(ids.numel()), ids, None)
