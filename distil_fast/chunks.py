@@ -166,14 +166,18 @@ def _counted(rows: Rows, labelled: Tensor | None, terms: Terms) -> Terms:
     return terms._replace(soft_count=soft, hard_count=hard)
 
 
+def _float(x: Scalar) -> Scalar:
+    return x.float() if isinstance(x, Tensor) else x
+
+
 def _largest(x: Scalar) -> Scalar:
-    return x.abs().max() if isinstance(x, Tensor) else abs(x)
+    return _float(x.abs().max()) if isinstance(x, Tensor) else abs(x)
 
 
 def _inverse(count: Scalar) -> Scalar:
     """What a mean's rows are multiplied with: 0 where none counts."""
     if isinstance(count, Tensor):
-        return torch.where(count > 0, 1.0 / count, 0.0)
+        return torch.where(count > 0, 1.0 / count.float(), 0.0)
     return 1.0 / count if count > 0 else 0.0
 
 
@@ -219,13 +223,14 @@ class _Loop:
         size: Scalar = 0.0
         mean = terms.settings.reduction == "mean"
         if rows.teacher is not None and rows.values.shape[0]:
-            share = rows.temperature if terms.settings.t_squared else 1.0 / rows.temperature
+            t = _float(rows.temperature)
+            share = t if terms.settings.t_squared else 1.0 / t
             share = share if rows.soft_mask is None else share * rows.soft_mask
             size += _largest(share * terms.soft_weight) * (_inverse(terms.soft_count) if mean else 1.0)
         if rows.labels is not None and rows.values.shape[0]:
-            most = 1.0 if terms.class_weights is None else terms.class_weights.max()
+            most = 1.0 if terms.class_weights is None else _float(terms.class_weights.max())
             size += _largest(terms.hard_weight * most) * (_inverse(terms.hard_count) if mean else 1.0)
-        size = size.float() if isinstance(size, Tensor) else rows.values.new_full((), size, dtype=torch.float32)
+        size = size if isinstance(size, Tensor) else rows.values.new_full((), size, dtype=torch.float32)
         unit = torch.where((size > 0) & (size < math.inf), torch.exp2(torch.ceil(torch.log2(size)) - 6.0), 1.0)
         return unit if unit.is_cuda else unit.item()
 

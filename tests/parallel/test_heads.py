@@ -15,6 +15,9 @@ from distil_fast import reference
 from tests import oracle, world
 from tests.parallel.sharded import COLS, WIDTHS, some_labels
 
+# of a gradient, relative: what its own dtype is rounded to, and products in float32
+BOUND = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
 
 def heads(rows: int, dtype: torch.dtype, bias: bool = True) -> dict[str, Tensor | None]:
     """Two models that are close, of different hidden sizes."""
@@ -64,16 +67,15 @@ def check_linear(
     )
     answers = ranks.results(world.linear_loss, WIDTHS[ranks.size], tensors, labels, upstream, options)
     dtype = tensors["student_hidden"].dtype  # type: ignore[union-attr]
-    bound = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
     for answer in answers:
         for name, value in answer["values"].items():
             close = {"rtol": 5e-6, "atol": 5e-7} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-13}
             torch.testing.assert_close(value.double(), exact.values[name], **close)
         hidden = answer["grads"]["student_hidden"].double()
-        assert (hidden - exact.grads["student_hidden"]).norm() <= bound * exact.grads["student_hidden"].norm()
+        assert (hidden - exact.grads["student_hidden"]).norm() <= BOUND[dtype] * exact.grads["student_hidden"].norm()
     for name in exact.grads.keys() - {"student_hidden"}:
-        got = torch.cat([answer["grads"][name] for answer in answers]).double()
-        assert (got - exact.grads[name]).norm() <= bound * exact.grads[name].norm(), name
+        got = torch.cat([answer["grads"][name] for answer in answers])
+        assert (got.double() - exact.grads[name]).norm() <= BOUND[got.dtype] * exact.grads[name].norm(), name
     reduces: tuple[int, int] = answers[0]["reduces"]
     return reduces
 
@@ -88,6 +90,19 @@ def test_fused_heads(ranks: world.World, dtype: torch.dtype, divergence: str) ->
     options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5}
     reduces = check_linear(ranks, tensors, some_labels(12), chunk_bytes=chunk_bytes, **options)
     assert reduces == (1 + 3 * sums + 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("states", "weights"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+    ids=str,
+)
+def test_weights_of_another_dtype(ranks: world.World, states: torch.dtype, weights: torch.dtype) -> None:
+    """Widened by tiles, they give what a copy in float32 would."""
+    tensors = heads(6, torch.float64)
+    mixed = {name: x if x is None else x.to(states if "hidden" in name else weights) for name, x in tensors.items()}
+    check_linear(ranks, mixed, some_labels(6), hard_weight=0.5)
+    check_linear(ranks, mixed, some_labels(6), torch.linspace(0.5, 1.0, 6), reduction="none")
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
