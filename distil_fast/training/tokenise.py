@@ -107,7 +107,7 @@ def tokenise(
         found = _open(folder, key)
         if found is not None:
             return found
-        for leftover in cache.glob(f".text-{key}.*.part"):  # of a process that was killed
+        for leftover in filter(Path.is_dir, cache.glob(f".text-{key}.*")):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             documents = (
@@ -115,7 +115,7 @@ def tokenise(
                 if held_out is None
                 else without_held_out(training.documents(), held_out.documents())
             )
-            work = tempfile.mkdtemp(prefix=f".text-{key}.", suffix=".part", dir=cache)
+            work = tempfile.mkdtemp(prefix=f".text-{key}.", dir=cache)
             try:
                 texts = _write_texts(documents, Path(work), progress)
                 with replacing(folder) as scratch:
