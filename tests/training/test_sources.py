@@ -209,10 +209,19 @@ def test_rows_as_of_wikitext() -> None:
 
 
 def test_a_held_out_file_beside_a_dataset(tmp_path: Path) -> None:
-    config = DataConfig(dataset=saved(tmp_path, "disk"), held_out=[write(tmp_path / "held.txt", "held out")])
-    held_out = open_sources(config, tmp_path)[1]
-    assert held_out is not None
-    assert list(held_out.documents()) == [["held out"]]
+    name = saved(tmp_path, "disk")
+    path = write(tmp_path / "held.txt", "held out")
+    for held_out in ([path], str(path), str(tmp_path)):
+        source = open_sources(DataConfig(dataset=name, held_out=held_out), tmp_path)[1]  # type: ignore[arg-type]
+        assert source is not None
+        assert list(source.documents()) == [["held out"]]
+
+
+def test_one_path_or_several(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one")
+    for named in (str(path), [str(path)], [path]):
+        source, _ = open_sources(DataConfig(text=named), tmp_path)  # type: ignore[arg-type]
+        assert list(source.documents()) == [["one"]]
 
 
 @pytest.mark.parametrize(
