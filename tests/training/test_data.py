@@ -1,4 +1,4 @@
-"""Text to batches: prose is told from code, nothing leaks into the held-out part, and little is padded."""
+"""The demo's text to batches: nothing leaks into the held-out part, and little is padded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_fast.training import data
 from distil_fast.training.config import InputError
-from distil_fast.training.corpus import documents_from_installed_packages, prose
 from distil_fast.training.data import batches, documents_from_file, pack, split_documents, token_counts
 
 PAD, CLS, SEP = 0, 2, 3
@@ -69,47 +68,6 @@ def test_split_is_deterministic_and_shares_no_paragraph() -> None:
 def test_a_document_of_nothing_new_does_not_shift_the_split() -> None:
     documents = [[f"paragraph {i}"] for i in range(40)]
     assert split_documents(documents) == split_documents([*documents[:10], documents[3], *documents[10:]])
-
-
-# ---------------------------------------------------------------------------------------------- prose
-
-
-def test_prose_is_kept_and_its_markup_removed() -> None:
-    text = (
-        """Return the ``value`` of the :class:`~package.Thing` that was
-    """.rstrip()
-        + """
-given to this *function*, or the one that it had before, if `nothing` was given.
-
-A second paragraph that is long enough to be kept, because it is a sentence of the kind that people read."""
-    )
-    assert prose(text) == [
-        "Return the value of the package.Thing that was given to this function, or the one that it had before, if "
-        "nothing was given.",
-        "A second paragraph that is long enough to be kept, because it is a sentence of the kind that people read.",
-    ]
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        ">>> x = the.value(of, a, thing) if it is not None else the.other(that, is, in, the, list)",
-        "x : array_like\n    The input of the function, which is one of the things that are to be added to the other.",
-        "Too short to be of use.",
-        "| column of the table | that is | not a sentence | but has the words of one | and | more | of | them |.",
-        "no capital at the beginning of this sentence, which is otherwise as good as any that you can think of.",
-        "Names only: alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma.",
-    ],
-)
-def test_what_is_not_prose_is_dropped(block: str) -> None:
-    assert prose(block) == []
-
-
-@pytest.mark.slow
-def test_installed_packages_hold_enough_text_in_a_fixed_order() -> None:
-    documents = documents_from_installed_packages()
-    assert sum(len(paragraph) for document in documents for paragraph in document) > 1_000_000
-    assert documents == documents_from_installed_packages()
 
 
 # ---------------------------------------------------------------------------------------------- sequences

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distil_fast.training import stream as stream_module
@@ -24,7 +26,7 @@ from distil_fast.training.feed import TokenFeed
 from distil_fast.training.protocols import Feed
 from distil_fast.training.settings import DataConfig, InputError, MaskingConfig
 from distil_fast.training.stream import StreamFeed
-from distil_fast.training.text import Text, open_text
+from distil_fast.training.text import Text, open_text, progress_bars
 
 ARRANGEMENTS = ["buckets", "packed"]
 
@@ -284,6 +286,17 @@ def test_a_dataset_is_found_again_until_it_changes(
 def test_streaming_is_for_datasets(tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="streaming needs a `dataset`"):
         open_text(DataConfig(text=[text_file], streaming=True, cache=tmp_path), tokenizer)
+
+
+def test_progress_is_shown(tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path) -> None:
+    screen = io.StringIO()
+    config = DataConfig(text=[str(text_file)], sequence_length=32, cache=tmp_path, held_out_every=3)
+    for shown in (True, False):  # the second time, all is in the cache
+        with progress_bars(Console(file=screen, width=100)) as progress:
+            open_text(config, tokenizer, progress=progress)
+        assert ("Tokenising (documents)" in screen.getvalue()) == shown
+        screen.seek(0)
+        screen.truncate()
 
 
 def test_masks_for_a_text(make_text: Callable[[str], Text]) -> None:
