@@ -20,7 +20,7 @@ from distil_fast.training.settings import InputError
 from distil_fast.training.tokenise import Part
 
 MINIMUM_TOKENS = 12  # shorter sequences teach nothing; the original drops the same
-SORTED_TOGETHER = 50  # micro-batches of all ranks within which sequences are sorted by length
+SORTED_TOGETHER = 100  # micro-batches of all ranks within which sequences are sorted by length
 
 
 class Specials(NamedTuple):

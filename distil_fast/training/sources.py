@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain, dropwhile
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -74,30 +74,30 @@ def open_sources(config: DataConfig, cache: Path) -> tuple[Source, Source | None
 
 def _training_source(config: DataConfig, cache: Path) -> Source:
     if config.dataset is None:
-        return text_source(_paths(config.text))
+        return text_source(config.text or [])
     return dataset_source(load(config, config.split, cache), config.column, config.dataset)
 
 
-def _paths(named: str | list[str] | None) -> list[Path]:
-    return [Path(name) for name in ([named] if isinstance(named, str) else named or [])]
-
-
 def held_out_source(config: DataConfig, cache: Path) -> Source | None:
-    """What `config.held_out` names: files and folders, or a split of the dataset."""
-    if not config.held_out:
+    """What `config.held_out` names: a split of the dataset, or files and folders.
+
+    Beside a dataset, one string is the name of a split, unless it has a slash or ends in .txt.
+    """
+    named = config.held_out
+    if not named:
         return None
-    if isinstance(config.held_out, str) and config.dataset is not None:
-        split = config.held_out
-        return dataset_source(load(config, split, cache), config.column, f"{config.dataset}, {split}")
-    return text_source(_paths(config.held_out))
+    if config.dataset is not None and isinstance(named, str) and "/" not in named and not named.endswith(".txt"):
+        return dataset_source(load(config, named, cache), config.column, f"{config.dataset}, {named}")
+    return text_source(named)
 
 
-def text_source(paths: Sequence[Path]) -> Source:
-    """UTF-8 text files and folders of them; see `documents_from_lines` for what a document is.
+def text_source(named: str | Sequence[str | Path]) -> Source:
+    """UTF-8 text files and folders of them, or one; see `documents_from_lines` for what a document is.
 
     Raises:
         InputError: a path is not there, or a file is binary, in another encoding, empty or unreadable.
     """
+    paths = [Path(named)] if isinstance(named, str) else [Path(path) for path in named]
     files = text_files(paths)
     return Source(
         name=", ".join(map(str, paths)),
@@ -129,15 +129,14 @@ def dataset_source(dataset: Loaded, column: str, name: str) -> Source:
 def documents_from_rows(rows: Iterable[str | None]) -> Iterator[Document]:
     """Rows as documents, lines within a row as paragraphs, blank ones left out.
 
-    Where the first row is a title as WikiText has it, rows are lines, and documents begin with such titles.
+    Where one of the first rows is a title as WikiText has it, rows are lines, and documents begin with such titles.
     """
-    filled = dropwhile(lambda row: not row.strip(), (row or "" for row in rows))
-    first = next(filled, "")
-    texts = chain([first], filled)
-    if WIKITEXT_TITLE.fullmatch(first.strip()):
-        yield from documents_from_lines(texts)
+    texts = (row or "" for row in rows)
+    first = list(islice(texts, READ_TOGETHER))
+    if any(WIKITEXT_TITLE.fullmatch(text.strip()) for text in first):
+        yield from documents_from_lines(chain(first, texts), titled=True)
         return
-    for text in texts:
+    for text in chain(first, texts):
         document = [line.strip() for line in text.splitlines() if line.strip()]
         if document:
             yield document
@@ -158,13 +157,13 @@ def load(config: DataConfig, split: str, cache: Path) -> Loaded:
     except InputError:
         raise
     except Exception as error:  # whatever foreign files, the hub's client and the network may raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
         remedy = (
             "Check the path."
             if Path(config.dataset).exists()
             else "It is no folder here: check the name and the network, or give a folder written by save_to_disk."
         )
-        raise InputError(f"dataset: {config.dataset} (split {split}) cannot be loaded: {reason} {remedy}") from error
+        raise InputError(f"dataset: {config.dataset} (split {split}) cannot be loaded: {reason}. {remedy}") from error
     _check_column(loaded, config.dataset, config.column)
     return loaded
 

@@ -37,8 +37,9 @@ from distil_fast.training.sources import Source
 Progress: TypeAlias = Callable[[str, int, "int | None"], None]  # what is done, how much, out of how much
 
 PARTS = ("training", "held_out")
-FORMAT = 1  # of the files in the cache
+FORMAT = 1  # of the files in the cache, and of the rules by which text becomes documents
 WRITTEN_TOGETHER = 1000  # documents
+ENCODED_TOGETHER = 200  # documents
 SHARD_DOCUMENTS = 20_000  # tokenised between two reports of the progress
 PARALLEL_DOCUMENTS = 500  # per worker: fewer are not worth a process
 TEXT_SCHEMA = pa.schema({"text": pa.string()})
@@ -109,29 +110,36 @@ def tokenise(
             return found
         for leftover in filter(Path.is_dir, cache.glob(f".text-{key}.*")):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        documents = (
+            split(training.documents(), every)
+            if held_out is None
+            else without_held_out(training.documents(), held_out.documents())
+        )
         try:
-            documents = (
-                split(training.documents(), every)
-                if held_out is None
-                else without_held_out(training.documents(), held_out.documents())
-            )
-            work = tempfile.mkdtemp(prefix=f".text-{key}.", dir=cache)
-            try:
-                texts = _write_texts(documents, Path(work), progress)
-                with replacing(folder) as scratch:
-                    scratch.mkdir()
-                    _Tokenising(tokenizer, workers or _cores(), Path(work), progress).write(texts, scratch)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+            _make(folder, documents, tokenizer, workers or _cores(), progress)
         except (OSError, pa.ArrowException) as error:
             free = shutil.disk_usage(cache).free / 2**20
             raise InputError(
                 f"cache: the tokenised text cannot be written to {cache}: {error}; {free:.0f} MiB are free there. Make "
-                "room (about six bytes a character while tokenising, one afterwards), or name another folder."
+                "room (about two bytes a character while tokenising, half a byte afterwards), or name another folder."
             ) from error
         found = _open(folder, key)
         assert found is not None, folder
         return found
+
+
+def _make(
+    folder: Path,
+    documents: Iterable[tuple[bool, Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    workers: int,
+    progress: Progress,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as work:
+        texts = _write_texts(documents, Path(work), progress)
+        with replacing(folder) as scratch:
+            scratch.mkdir()
+            _Tokenising(tokenizer, workers, Path(work), progress).write(texts, scratch)
 
 
 def _key(training: Source, held_out: Source | None, every: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -244,7 +252,7 @@ class _Tokenising:
             return shard.map(
                 self.encode,
                 batched=True,
-                batch_size=200,
+                batch_size=ENCODED_TOGETHER,
                 num_proc=workers if workers > 1 else None,
                 remove_columns=["text"],
                 features=Features({"ids": List(Value(self.dtype))}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -15,15 +16,17 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from distil_fast.training import stream as stream_module
 from distil_fast.training import text as text_module
 from distil_fast.training.batch import Batch
 from distil_fast.training.feed import TokenFeed
 from distil_fast.training.protocols import Feed
 from distil_fast.training.settings import DataConfig, InputError, MaskingConfig
 from distil_fast.training.stream import StreamFeed
-from distil_fast.training.text import Text, open_text
+from distil_fast.training.text import Text, open_text, progress_bars
 
 ARRANGEMENTS = ["buckets", "packed"]
 
@@ -214,6 +217,16 @@ def test_passes_over_a_stream_differ(make_stream: Callable[..., StreamFeed]) -> 
     assert passes[0] != passes[1]
 
 
+def test_long_rows_make_small_windows(make_stream: Callable[..., StreamFeed], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "WINDOW_CHARACTERS", 1000)  # five rows
+    feed = make_stream("buckets", size=1)
+    while feed.epoch == 0:
+        last = feed.window
+        next(feed)
+    assert last > 20
+    check_every_position(lambda: make_stream("buckets"), 40, 5)
+
+
 def test_a_stream_too_small(make_stream: Callable[..., StreamFeed]) -> None:
     with pytest.raises(InputError, match="a whole pass does not make 500 sequences"):
         next(make_stream("buckets", size=500))
@@ -256,9 +269,34 @@ def test_too_little_text(part: str, sentences: list[str], tokenizer: PreTrainedT
         open_text(config, tokenizer)
 
 
+def test_a_dataset_is_found_again_until_it_changes(
+    sentences: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    config = DataConfig(dataset=str(path), sequence_length=32, cache=tmp_path / "cache", held_out_every=3)
+    keys = []
+    for rows in (sentences[:200], sentences[:200], sentences[200:400]):
+        path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+        keys.append(open_text(config, tokenizer).training.key)  # type: ignore[union-attr]
+        keys.append(open_text(config, tokenizer).training.key)  # type: ignore[union-attr]
+    assert keys[0] == keys[1]
+    assert keys[-1] == keys[-2] != keys[0]
+
+
 def test_streaming_is_for_datasets(tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="streaming needs a `dataset`"):
         open_text(DataConfig(text=[text_file], streaming=True, cache=tmp_path), tokenizer)
+
+
+def test_progress_is_shown(tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path) -> None:
+    screen = io.StringIO()
+    config = DataConfig(text=[str(text_file)], sequence_length=32, cache=tmp_path, held_out_every=3)
+    for shown in (True, False):  # the second time, all is in the cache
+        with progress_bars(Console(file=screen, width=100)) as progress:
+            open_text(config, tokenizer, progress=progress)
+        assert ("Tokenising (documents)" in screen.getvalue()) == shown
+        screen.seek(0)
+        screen.truncate()
 
 
 def test_masks_for_a_text(make_text: Callable[[str], Text]) -> None:

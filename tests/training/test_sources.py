@@ -203,15 +203,25 @@ def test_local_datasets(tmp_path: Path, kind: str, streaming: bool) -> None:
 def test_rows_as_of_wikitext() -> None:
     rows = ["", " = One = \n", "", " a \n", None, " = = S = = \n", " b ", " = Two = \n", " c \n"]
     assert list(documents_from_rows(rows)) == [["= One =", "a", "= = S = =", "b"], ["= Two =", "c"]]
+    assert list(documents_from_rows(rows[3:])) == [["a", "= = S = =", "b"], ["= Two =", "c"]]
     assert list(documents_from_rows(["", "a", "b\n\nc", " "])) == [["a"], ["b", "c"]]
     assert list(documents_from_rows([])) == []
 
 
 def test_a_held_out_file_beside_a_dataset(tmp_path: Path) -> None:
-    config = DataConfig(dataset=saved(tmp_path, "disk"), held_out=[write(tmp_path / "held.txt", "held out")])
-    held_out = open_sources(config, tmp_path)[1]
-    assert held_out is not None
-    assert list(held_out.documents()) == [["held out"]]
+    name = saved(tmp_path, "disk")
+    path = write(tmp_path / "held.txt", "held out")
+    for held_out in ([path], str(path), str(tmp_path)):
+        source = open_sources(DataConfig(dataset=name, held_out=held_out), tmp_path)[1]  # type: ignore[arg-type]
+        assert source is not None
+        assert list(source.documents()) == [["held out"]]
+
+
+def test_one_path_or_several(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one")
+    for named in (str(path), [str(path)], [path]):
+        source, _ = open_sources(DataConfig(text=named), tmp_path)  # type: ignore[arg-type]
+        assert list(source.documents()) == [["one"]]
 
 
 @pytest.mark.parametrize(
