@@ -36,8 +36,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision="no",  # precision.py: accelerate has no fp16 on a CPU, and no scaler that can be masked
             log_with=list(config.trackers) or None,
             project_dir=str(config.output),
-            # transformers have no buffers that training changes; a view of the bucket saves a copy of all gradients
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no copy of all gradients
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"accelerate says: {error}") from error

@@ -80,6 +80,7 @@ class Trainer:
         self.evaluate, self.report, self.save_student = evaluate, report, save_student
         self.accelerator = accelerator or make_accelerator(config)
         self.device = self.accelerator.device
+        objective.student.train(config.dropout)
         self.precision = resolve_precision(config.precision, self.device)
         self.learning_rate = learning_rates(config.optimiser, steps)
         self.model = wrap(objective, self.accelerator, config.parallel)
@@ -131,7 +132,7 @@ class Trainer:
         self.objective.student.train(config.dropout)
         self.meter.restart_clock()
         for done in range(start + 1, self.steps + 1):
-            self._step(done - 1)
+            self.step(done - 1)
             last = done == self.steps
             stop = interrupt.requested() and not last
             log = last or done % config.log_interval == 0
@@ -151,8 +152,8 @@ class Trainer:
             if evaluate or save:
                 self.meter.restart_clock()
 
-    def _step(self, index: int) -> None:
-        """One optimiser step, which asks the device for nothing."""
+    def step(self, index: int) -> None:
+        """Optimiser step number `index`, counted from 0, which asks the device for nothing; `fit` is these, in turn."""
         self.feeds.append(self.feed.state_dict())
         batches = [next(self.feed) for _ in range(self.config.accumulation_steps)]
         tokens = sum(batch.tokens.numel() for batch in batches)

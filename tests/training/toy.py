@@ -44,9 +44,10 @@ class Student(nn.Module):
         self.decoder = nn.Linear(WIDTH, VOCABULARY)
         self.decoder.weight = self.embedding.weight
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         seen = self.embedding(input_ids)
-        return self.decoder(self.dropout(self.norm(seen + seen.mean(1, keepdim=True))))
+        weight = attention_mask.unsqueeze(2) / attention_mask.sum(1)[:, None, None]
+        return self.decoder(self.dropout(self.norm(seen + (weight * seen).sum(1, keepdim=True))))
 
 
 class ToyObjective(Objective):
@@ -59,14 +60,15 @@ class ToyObjective(Objective):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.student: Any = Student()
-            self.teacher = [torch.randn(VOCABULARY, VOCABULARY)]  # in a list: no part of the state
+        teacher = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0))
+        self.teacher = [teacher]  # in a list: no part of the state
 
     def counts(self, batch: MaskedBatch) -> Tensor:
         real = torch.full((), float(batch.tokens.numel()), device=batch.input_ids.device)
         return torch.stack([real, (batch.labels != IGNORED).sum().float()])
 
     def forward(self, batch: MaskedBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.student(batch.input_ids).float().flatten(0, 1)
+        logits = self.student(batch.input_ids, batch.attention_mask).float().flatten(0, 1)
         target = self.teacher[0].to(logits)[batch.input_ids.flatten()].softmax(-1)
         soft = F.cross_entropy(logits, target, reduction="none") * batch.attention_mask.flatten()
         hard = F.cross_entropy(logits, batch.labels.flatten(), reduction="sum", ignore_index=IGNORED)
