@@ -246,6 +246,9 @@ def test_others_keep_their_class_and_their_head(kind: str) -> None:
     assert torch.equal(same, states.logits)
     assert torch.equal(output.hidden_states[1], states.hidden_states[1])
     assert not torch.equal(output.logits, states.logits)
+    for mine, theirs in ((0, 0), (1, 2)):
+        copied, original = (model.base_model.encoder.layer[i] for model, i in ((shallow, mine), (teacher, theirs)))
+        assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), original.parameters(), strict=True))
     assert teacher.config.num_hidden_layers == 4
 
 

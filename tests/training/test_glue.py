@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from distil_fast.training import glue, glue_metrics
+from distil_fast.training.classification_feed import tokenise
 from distil_fast.training.glue import Scores, fine_tune, read_tasks, retention
 from distil_fast.training.glue_tasks import HELD_OUT, TASKS, TRAIN, Labelled, find_file, read_file, task_named
 from distil_fast.training.settings import GlueConfig, InputError
@@ -264,6 +265,22 @@ def test_the_best_learning_rate_is_taken_and_every_run_told(folders: dict[str, P
     assert scores.metrics["accuracy"] == scores.scores
     assert len(lines) == 4
     assert lines[0].startswith("sst2, learning rate 1e-08, seed 1: accuracy")
+
+
+def test_predictions_are_in_the_examples_order(folders: dict[str, Path], sentences: list[str]) -> None:
+    task = TASKS["stsb"]
+    torch.manual_seed(0)
+    model, tokenizer = glue.load_classifier(str(folders["teacher"]), task)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from a fresh model, whose outputs are all alike
+            parameter += 0.2 * torch.randn_like(parameter)
+    texts = [(" ".join(line.split()[: 1 + 5 * i % 11]), "a king") for i, line in enumerate(sentences[:20])]
+    found = glue.predict(model.eval(), tokenise(texts, [0.0] * 20, tokenizer, 16), 8)
+    for (first, second), prediction in zip(texts, found, strict=True):
+        with torch.no_grad():
+            alone = model(**tokenizer(first, second, truncation=True, max_length=16, return_tensors="pt")).logits
+        assert prediction == pytest.approx(alone.item(), abs=1e-4)
+    assert np.ptp(found) > 0.1
 
 
 def test_a_regression_is_learnt_and_a_seed_decides_it(folders: dict[str, Path], tmp_path: Path) -> None:
