@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message says what was expected, what was found, and the remedy."""
+from distil_fast.training.settings import InputError as InputError
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import transformers
 from rich.console import Console
 from torch import Tensor
-from transformers import DistilBertForMaskedLM, PreTrainedTokenizerBase
+from transformers import BertForMaskedLM, DistilBertForMaskedLM, PreTrainedTokenizerBase
 
 from distil_fast.training import evaluate, report, throughput
 from distil_fast.training.atomic import replacing
@@ -164,11 +164,12 @@ def _prepare(config: DemoConfig, console: Console) -> Session:
 
 def _give_head(session: Session) -> None:
     config, teacher = session.config, session.teacher
+    model = cast(BertForMaskedLM, teacher.model)  # load_teacher refuses others without a head
     cache = config.cache or cache_folder()
     _make_writable(cache, "the cache")
     settings = (session.head, config.seed, session.precision)
-    path = cache / f"{cache_key(teacher.model, session.text.training, settings)}.safetensors"
-    if load_fitted(teacher.model, path):
+    path = cache / f"{cache_key(model, session.text.training, settings)}.safetensors"
+    if load_fitted(model, path):
         session.console.print(f"Teacher: {teacher.name}; its masked-LM head was fitted before ({path}).")
     else:
         session.console.print(
@@ -177,12 +178,12 @@ def _give_head(session: Session) -> None:
         )
         stream = session.training_stream(session.head.masking, session.head.batch_size)
         with report.progress(session.console, "Fitting the head", session.head.steps) as advance:
-            fit_head(teacher.model, stream, session.head, session.precision, advance)
-        save_fitted(teacher.model, path)
-    _save(teacher.model, teacher.tokenizer, config.output / "teacher")
+            fit_head(model, stream, session.head, session.precision, advance)
+        save_fitted(model, path)
+    _save(model, teacher.tokenizer, config.output / "teacher")
 
 
-def _distil(session: Session, untrained: DistilBertForMaskedLM) -> tuple[DistilBertForMaskedLM, Tensor]:
+def _distil(session: Session, untrained: MaskedLM) -> tuple[MaskedLM, Tensor]:
     training, teacher = session.training, session.teacher
     layers = evenly_spaced_layers(teacher.model.config.num_hidden_layers)
     session.console.print(f"Student: {len(layers)} layers, copied from the teacher's {layers}; {session.precision}.")

@@ -177,7 +177,7 @@ def test_unusable_teachers(config: DemoConfig, tmp_path: Path, monkeypatch: pyte
         attempt(str(tmp_path / "empty"))
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(InputError, match=r"expected a BERT .* is a 'gpt2'"):
+    with pytest.raises(InputError, match=r"types bert, .* got a 'gpt2'"):
         attempt(str(tmp_path / "gpt"))
     monkeypatch.setattr(teacher_module, "PACKAGE", "no_such_package")
     with pytest.raises(InputError, match="pip install --no-deps no-such-package"):

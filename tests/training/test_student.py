@@ -1,14 +1,19 @@
-"""The student's layers and weights: with every layer kept and token types off, it must be the teacher."""
+"""The student's layers and weights: with every layer kept and token types off or folded, it must be the teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertForMaskedLM, DistilBertForMaskedLM
+from transformers import AutoModelForMaskedLM, BertForMaskedLM, DistilBertForMaskedLM, PreTrainedModel
 
-from distil_fast.training.student import evenly_spaced_layers, student_from_teacher
+from distil_fast.training.architectures import architecture, layer_count
+from distil_fast.training.masked_lm import decoder
+from distil_fast.training.settings import InputError, StudentConfig
+from distil_fast.training.student import evenly_spaced_layers, make_student, student_from_teacher
+from tests.training.families import FAMILIES, LAYERS, PADDING, VOCABULARY, configuration, make_batch, make_model
 
 MakeTeacher = Callable[..., BertForMaskedLM]
 
@@ -94,8 +99,132 @@ def test_student_shares_no_memory_with_its_teacher_and_keeps_its_tie(make_teache
 
 def test_wrong_teacher_and_wrong_layers(make_teacher: MakeTeacher) -> None:
     teacher = make_teacher()
-    with pytest.raises(TypeError, match="expected a BertForMaskedLM, got a BertModel"):
+    with pytest.raises(InputError, match="expected a BertForMaskedLM, which has a masked-LM head, got a BertModel"):
         student_from_teacher(teacher.bert)
     for layers in ([], [4], [-1]):
         with pytest.raises(ValueError, match="expected indices from 0 to 3"):
             student_from_teacher(teacher, layers)
+
+
+# ------------------------------------------------------------------------------------------------ every family
+
+
+def logits(model: PreTrainedModel, family: str) -> torch.Tensor:
+    batch = make_batch(family)
+    with torch.no_grad():
+        whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return whole.logits[batch.attention_mask.bool()]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_and_folded_token_types_are_the_teacher(family: str, tied: bool) -> None:
+    teacher = make_model(family, tie_word_embeddings=tied).double()
+    student = student_from_teacher(teacher, range(LAYERS), token_types="fold")
+    expected = logits(teacher, family)
+    bound = {"rtol": 0, "atol": 1e-12 * expected.abs().max().item()}
+    torch.testing.assert_close(logits(student, family), expected, **bound)
+    dropped = logits(student_from_teacher(teacher, range(LAYERS)), family)
+    has_types = family not in ("distilbert", "mpnet")
+    assert ((dropped - expected).abs().max() > 0.01) == has_types
+    assert (decoder(student)[0] is student.get_input_embeddings().weight) == tied
+    assert decoder(student)[0].data_ptr() != decoder(teacher)[0].data_ptr()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_students_of_every_family(family: str) -> None:
+    teacher = make_model(family)
+    student = student_from_teacher(teacher, [2, 0])
+    assert type(student) is (DistilBertForMaskedLM if family in ("bert", "distilbert") else type(teacher))
+    assert not student.training
+    names = [name for name, _ in student.named_parameters()]
+    assert not any("pooler" in name for name in names)
+    frozen = [(name, p) for name, p in student.named_parameters() if not p.requires_grad]
+    if family in ("bert", "distilbert", "mpnet"):
+        assert not frozen
+        assert not any("token_type" in name for name in names)
+    else:
+        assert [name.split(".")[-2] for name, _ in frozen] == ["token_type_embeddings"]
+        assert frozen[0][1].shape[0] == 1
+        assert not frozen[0][1].any()
+    mine, theirs = (model.get_submodule(architecture(model).layers) for model in (student, teacher))
+    for layer, source in ((0, 2), (1, 0)):
+        copies = zip(
+            sorted(p.double().sum().item() for p in mine[layer].parameters()),
+            sorted(p.double().sum().item() for p in theirs[source].parameters()),
+            strict=True,
+        )
+        assert all(a == b for a, b in copies)
+    assert teacher.config.num_hidden_layers == LAYERS  # its configuration is not shared
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_student_is_a_hugging_face_checkpoint(family: str, tmp_path: Path) -> None:
+    student = make_student(make_model(family), StudentConfig(layers=[0, 2], token_types="fold"))
+    student.save_pretrained(tmp_path)
+    loaded, report = AutoModelForMaskedLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert type(loaded) is type(student)
+    assert torch.equal(logits(loaded, family), logits(student, family))
+    assert layer_count(loaded) == 2
+
+
+@pytest.mark.parametrize(("layers", "count"), [(None, 1), (2, 2), ([2, 2, 0, 1], 4)])
+def test_layers_by_list_by_number_or_half(layers: list[int] | int | None, count: int) -> None:
+    assert layer_count(make_student(make_model("roberta"), StudentConfig(layers=layers))) == count
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
+def test_random_students_have_the_shape_alone(family: str) -> None:
+    teacher = make_model(family)
+    copied = make_student(teacher, StudentConfig(layers=2))
+    random = make_student(teacher, StudentConfig(layers=2, initialisation="random"))
+    assert random.config.to_dict() == copied.config.to_dict()
+    assert not random.training
+    for (name, mine), (_, other) in zip(random.named_parameters(), copied.named_parameters(), strict=True):
+        assert mine.shape == other.shape
+        assert mine.requires_grad == other.requires_grad
+        assert "token_type" in name or not torch.equal(mine, other), name
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+@pytest.mark.parametrize(("family", "other"), [("bert", "distilbert"), ("roberta", "distilbert"), ("bert", "electra")])
+def test_students_of_another_shape(family: str, other: str, as_file: bool, tmp_path: Path) -> None:
+    configuration(other, hidden_size=12, num_hidden_layers=2).save_pretrained(tmp_path)
+    teacher = make_model(family)
+    student = make_student(teacher, StudentConfig(config=tmp_path / "config.json" if as_file else tmp_path))
+    assert (student.config.model_type, student.config.hidden_size, layer_count(student)) == (other, 12, 2)
+    words = student.get_input_embeddings()
+    assert isinstance(words, torch.nn.Embedding)
+    assert words.padding_idx == PADDING.get(family, 0)  # the teacher's, whatever the configuration says
+    assert logits(student, family).shape[-1] == VOCABULARY
+
+
+def test_choices_that_cannot_be(tmp_path: Path) -> None:
+    teacher = make_model("bert")
+    configuration("distilbert", vocab_size=66).save_pretrained(tmp_path / "words")
+    configuration("mpnet").save_pretrained(tmp_path / "padding")
+    (tmp_path / "gpt.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "broken.json").write_text("{")
+    cases = [
+        (StudentConfig(layers=[0, 3]), r"layers: expected indices from 0 to 2 .*, got \[0, 3\]"),
+        (StudentConfig(layers=[-1]), r"got \[-1\]"),
+        (StudentConfig(layers=[]), r"got \[\]"),
+        (StudentConfig(layers=4), "expected 1 to 3"),
+        (StudentConfig(layers=0), "expected 1 to 3"),
+        (StudentConfig(initialisation="random", layers=[3]), "expected indices from 0 to 2"),
+        (StudentConfig(initialisation="random", token_types="fold"), "student.token_types: expected 'drop'"),
+        (StudentConfig(config=tmp_path / "words"), "vocabulary of 67 tokens, got 66"),
+        (StudentConfig(config=tmp_path / "words", layers=2), "student.layers: expected none"),
+        (StudentConfig(config=tmp_path / "padding"), "takes token 1 for padding, .* pads with 0"),
+        (StudentConfig(config=tmp_path / "gpt.json"), "student.config: .* got a 'gpt2'"),
+        (StudentConfig(config=tmp_path / "broken.json"), "student.config: expected a Hugging Face configuration"),
+        (StudentConfig(config=tmp_path / "absent"), "student.config: expected a Hugging Face configuration"),
+    ]
+    for config, message in cases:
+        with pytest.raises(InputError, match=message):
+            make_student(teacher, config)
+    with pytest.raises(InputError, match="token_types: expected one of drop, fold, got 'keep'"):
+        student_from_teacher(teacher, token_types="keep")
