@@ -80,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
 RUNTIME = {"torch", "numpy"}
 NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
-    "training": RUNTIME | {"transformers", "safetensors", "rich", "matplotlib"},
+    "training": RUNTIME | {"transformers", "datasets", "pyarrow", "filelock", "safetensors", "rich", "matplotlib"},
     "integrations": RUNTIME | {"transformers"},
     "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel", "transformers"},
     "cli": {"rich"},

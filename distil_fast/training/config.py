@@ -1,6 +1,6 @@
 """Every number of a training run, with its unit, its default and where the default comes from.
 
-Frozen dataclasses and the one exception that means "the input is at fault"; no behaviour. The recipe's defaults are
+Frozen dataclasses of the demo; no behaviour. The recipe's defaults are
 those of the released DistilBERT (Sanh et al. 2019) unless a comment says otherwise. Next: demo.py.
 """
 
@@ -10,17 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distil_fast.training.settings import InputError as InputError
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    """Which tokens a masked language model must predict, and what stands in their place."""
-
-    rate: float = 0.15  # of the real tokens of a batch, specials counted; rounded up
-    mask: float = 0.8  # of the chosen tokens: replaced by [MASK]
-    random: float = 0.1  # of the chosen tokens: replaced by a random one; the rest is left as it is
-    smoothing: float = 0.7  # a token is chosen with probability ~ count^-smoothing; 0: all alike
-
+from distil_fast.training.settings import MaskingConfig as MaskingConfig
 
 # Uniform positions, all of them hidden: the question a reader expects behind "accuracy" and "pseudo-perplexity".
 EVALUATION_MASKING = MaskingConfig(mask=1.0, random=0.0, smoothing=0.0)

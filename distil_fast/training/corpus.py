@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from distil_fast.training.data import Document
+from distil_fast.training.documents import Document
 
 # All are dependencies of this package or of torch, but none is required: one that is absent adds no documents.
 PACKAGES = ("numpy", "sympy", "networkx", "matplotlib", "mpmath", "jinja2", "fsspec", "huggingface_hub", "rich")

@@ -9,17 +9,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from distil_fast.training.config import InputError
-from distil_fast.training.masking import Batch
-
-Document: TypeAlias = list[str]  # its paragraphs
+from distil_fast.training.arrange import collate
+from distil_fast.training.batch import Batch
+from distil_fast.training.documents import Document
+from distil_fast.training.settings import InputError
 
 DOCUMENT_CHARACTERS = 4000  # a plain text file has no marks of its documents: runs of about this length stand for them
 HELD_OUT_EVERY = 20  # documents
@@ -95,13 +93,6 @@ def pack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, leng
             f"training and held out (1 document in {HELD_OUT_EVERY}), got {len(sequences)}. Give a longer --text."
         )
     return sequences
-
-
-def collate(sequences: Sequence[Tensor], pad_id: int) -> Batch:
-    """The sequences as one batch, padded to the longest."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    input_ids = pad_sequence(list(sequences), batch_first=True, padding_value=pad_id)
-    return Batch(input_ids, (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long())
 
 
 def batches(

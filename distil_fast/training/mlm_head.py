@@ -8,7 +8,6 @@ students. Next: trainer.py.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +20,7 @@ from transformers import BertForMaskedLM, get_linear_schedule_with_warmup
 
 from distil_fast import cross_entropy
 from distil_fast.training.atomic import replacing
+from distil_fast.training.cache import cache_folder as cache_folder
 from distil_fast.training.config import HeadConfig
 from distil_fast.training.masked_lm import apply_head, autocast, encode
 from distil_fast.training.masking import IGNORED, MaskedBatch
@@ -49,7 +49,7 @@ def fit_head(
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     losses = torch.zeros(config.steps, device=model.device)
     for step in range(config.steps):
-        input_ids, attention_mask, labels = next(batches)
+        input_ids, attention_mask, _, labels, _ = next(batches)
         rows = labels != IGNORED
         with autocast(model, precision):
             logits = apply_head(model, encode(model, input_ids, attention_mask)[rows])
@@ -69,11 +69,6 @@ def fit_head(
                     f"({config.learning_rate:g}) or use fp32."
                 )
             report(done, f"cross-entropy {recent.item():.3f}")
-
-
-def cache_folder() -> Path:
-    """Where fitted models are kept: `$XDG_CACHE_HOME/distil_fast`, or `~/.cache/distil_fast`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distil_fast"
 
 
 def cache_key(model: BertForMaskedLM, sequences: Sequence[Tensor], settings: object) -> str:

@@ -43,7 +43,7 @@ def accumulate_gradients(
     tokens = torch.stack([batch.attention_mask.sum() for batch in micro_batches]).sum()
     predictions = torch.stack([(batch.labels != IGNORED).sum() for batch in micro_batches]).sum()
     shares = []
-    for input_ids, attention_mask, labels in micro_batches:
+    for input_ids, attention_mask, _, labels, _ in micro_batches:
         with autocast(student, precision):
             with torch.no_grad():
                 teacher_hidden = encode(teacher, input_ids, attention_mask)

@@ -146,7 +146,7 @@ def test_a_pass_has_every_sequence_once(shuffled: bool) -> None:
     sequences = [torch.cat([torch.tensor([100 + i]), torch.ones(i % 17 + 1)]).long() for i in range(203)]
     generator = torch.Generator().manual_seed(0) if shuffled else None
     seen = []
-    for input_ids, attention_mask in batches(sequences, 8, PAD, generator):
+    for input_ids, attention_mask, *_ in batches(sequences, 8, PAD, generator):
         lengths = attention_mask.sum(1)
         assert len(input_ids) <= 8
         assert int(lengths.max()) == input_ids.shape[1]

@@ -33,7 +33,7 @@ def masked_batches() -> list[MaskedBatch]:
         attention_mask[0, width // 2 :] = 0
         labels = torch.full_like(input_ids, IGNORED)
         labels[:, 1:4] = torch.randint(5, 29, (3, 3), generator=generator)
-        found.append(MaskedBatch(input_ids, attention_mask, labels))
+        found.append(MaskedBatch(input_ids, attention_mask, attention_mask.flatten().nonzero().flatten(), labels, None))
     return found
 
 

@@ -20,7 +20,13 @@ MakeTeacher = Callable[..., BertForMaskedLM]
 def a_batch() -> MaskedBatch:
     input_ids = torch.randint(5, 29, (6, 20), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(20) % 5 == 2, input_ids, IGNORED)
-    return MaskedBatch(torch.where(labels == IGNORED, input_ids, 4), torch.ones_like(input_ids), labels)
+    return MaskedBatch(
+        input_ids=torch.where(labels == IGNORED, input_ids, 4),
+        attention_mask=torch.ones_like(input_ids),
+        tokens=torch.arange(input_ids.numel()),
+        labels=labels,
+        masked=None,
+    )
 
 
 def test_fit_learns_its_text_and_reports(make_teacher: MakeTeacher) -> None:

@@ -54,7 +54,13 @@ def test_speeds_count_real_tokens_and_leave_the_student_alone(make_teacher: Make
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     input_ids = torch.full((2, 12), 7)
     attention_mask = (torch.arange(12) < torch.tensor([[12], [5]])).long()
-    batch = MaskedBatch(input_ids, attention_mask, torch.where(torch.arange(12) == 3, input_ids, IGNORED))
+    batch = MaskedBatch(
+        input_ids,
+        attention_mask,
+        attention_mask.flatten().nonzero().flatten(),
+        torch.where(torch.arange(12) == 3, input_ids, IGNORED),
+        None,
+    )
     for measure in (throughput.loss_throughput, throughput.step_throughput):
         speeds = measure(student, teacher, [batch, batch], CONFIG, "fp32")
         assert set(speeds) == {"distil_fast", "pytorch"}
@@ -71,6 +77,6 @@ def test_contenders_that_disagree_are_not_timed(make_teacher: MakeTeacher, monke
     monkeypatch.setattr(throughput, "LOSSES", throughput.LOSSES | {"pytorch": wrong})
     teacher = make_teacher()
     ids = torch.full((2, 12), 7)
-    batch = MaskedBatch(ids, torch.ones_like(ids), ids)
+    batch = MaskedBatch(ids, torch.ones_like(ids), torch.arange(ids.numel()), ids, None)
     with pytest.raises(RuntimeError, match="disagree and are not timed"):
         throughput.loss_throughput(student_from_teacher(teacher), teacher, [batch], CONFIG, "fp32")

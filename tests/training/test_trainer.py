@@ -26,7 +26,7 @@ def a_masked_batch(lengths: list[int], seed: int = 0) -> MaskedBatch:
     attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
     input_ids = torch.randint(5, VOCABULARY, attention_mask.shape, generator=generator) * attention_mask
     masking = DynamicMasking(torch.ones(VOCABULARY), range(5), 4, MaskingConfig(), seed)
-    return masking(Batch(input_ids, attention_mask))
+    return masking(Batch(input_ids, attention_mask, attention_mask.flatten().nonzero().flatten()))
 
 
 def parts(batch: MaskedBatch, rows: int) -> list[MaskedBatch]:
@@ -34,7 +34,10 @@ def parts(batch: MaskedBatch, rows: int) -> list[MaskedBatch]:
     pieces = []
     for i in range(0, len(batch.input_ids), rows):
         width = int(batch.attention_mask[i : i + rows].sum(1).max())
-        pieces.append(MaskedBatch(*(tensor[i : i + rows, :width] for tensor in batch)))
+        ids, mask, labels = (
+            tensor[i : i + rows, :width] for tensor in (batch.input_ids, batch.attention_mask, batch.labels)
+        )
+        pieces.append(MaskedBatch(ids, mask, mask.flatten().nonzero().flatten(), labels, None))
     return pieces
 
 
