@@ -80,7 +80,8 @@ ARROWS: dict[str, set[str]] = {
 RUNTIME = {"torch", "numpy"}
 NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
-    "training": RUNTIME | {"transformers", "datasets", "pyarrow", "filelock", "safetensors", "rich", "matplotlib"},
+    "training": RUNTIME
+    | {"accelerate", "transformers", "datasets", "pyarrow", "filelock", "safetensors", "rich", "matplotlib"},
     "integrations": RUNTIME | {"transformers"},
     "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel", "transformers"},
     "cli": {"rich"},

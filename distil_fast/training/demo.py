@@ -38,9 +38,9 @@ from distil_fast.training.data import batches, documents_from_file, endless_batc
 from distil_fast.training.masked_lm import MaskedLM, resolve_precision
 from distil_fast.training.masking import DynamicMasking, MaskedBatch
 from distil_fast.training.mlm_head import cache_folder, cache_key, fit_head, load_fitted, save_fitted
+from distil_fast.training.simple import Trainer
 from distil_fast.training.student import evenly_spaced_layers, student_from_teacher
 from distil_fast.training.teacher import Teacher, load_teacher
-from distil_fast.training.trainer import Trainer
 
 EVALUATION_BATCH = 16  # sequences
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from distil_fast.training.atomic import replacing
-from distil_fast.training.trainer import TERMS
+from distil_fast.training.simple import TERMS
 
 CURVE_TITLES = {
     "loss": "total",

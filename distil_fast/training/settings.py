@@ -201,6 +201,8 @@ class TrainConfig:
         evaluation_batches: batches of held-out text in an evaluation while training; the last one uses all.
         non_finite: at a loss of nan or inf: "stop", or "skip" that update and count it.
         trackers: of accelerate ("tensorboard", "wandb", ...), which get the losses too.
+        parallel: how several ranks hold the student: "ddp": each whole; "fsdp2": each a part of its weights, gradients
+            and moments.
     """
 
     teacher: str | None = None
@@ -226,3 +228,4 @@ class TrainConfig:
     evaluation_batches: int = 20
     non_finite: Literal["stop", "skip"] = "stop"
     trackers: list[str] = field(default_factory=list)
+    parallel: Literal["ddp", "fsdp2"] = "ddp"

@@ -20,7 +20,7 @@ from distil_fast import TripleTerms, triple_loss
 from distil_fast.training.config import TrainingConfig
 from distil_fast.training.masked_lm import MaskedLM, apply_head, autocast, encode
 from distil_fast.training.masking import MaskedBatch
-from distil_fast.training.trainer import LossFunction, Trainer
+from distil_fast.training.simple import LossFunction, Trainer
 
 DISTIL_FAST, PYTORCH = "distil_fast", "pytorch"
 REPEATS = 7
