@@ -13,8 +13,8 @@ from transformers import BertForMaskedLM
 from distil_fast import TripleTerms, triple_loss
 from distil_fast.training.config import MaskingConfig, TrainingConfig
 from distil_fast.training.masking import IGNORED, Batch, DynamicMasking, MaskedBatch
-from distil_fast.training.simple import Trainer, accumulate_gradients
 from distil_fast.training.student import student_from_teacher
+from distil_fast.training.simple import Trainer, accumulate_gradients
 
 VOCABULARY = 29
 CONFIG = TrainingConfig(steps=30, micro_batch_size=4, accumulation_steps=2, learning_rate=3e-3, log_interval=5)
