@@ -39,6 +39,7 @@ Progress: TypeAlias = Callable[[str, int, "int | None"], None]  # what is done, 
 PARTS = ("training", "held_out")
 FORMAT = 1  # of the files in the cache
 WRITTEN_TOGETHER = 1000  # documents
+ENCODED_TOGETHER = 200  # documents
 SHARD_DOCUMENTS = 20_000  # tokenised between two reports of the progress
 PARALLEL_DOCUMENTS = 500  # per worker: fewer are not worth a process
 TEXT_SCHEMA = pa.schema({"text": pa.string()})
@@ -244,7 +245,7 @@ class _Tokenising:
             return shard.map(
                 self.encode,
                 batched=True,
-                batch_size=200,
+                batch_size=ENCODED_TOGETHER,
                 num_proc=workers if workers > 1 else None,
                 remove_columns=["text"],
                 features=Features({"ids": List(Value(self.dtype))}),

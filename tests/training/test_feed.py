@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from distil_fast.training import stream as stream_module
 from distil_fast.training import text as text_module
 from distil_fast.training.batch import Batch
 from distil_fast.training.feed import TokenFeed
@@ -214,6 +215,16 @@ def test_passes_over_a_stream_differ(make_stream: Callable[..., StreamFeed]) -> 
     assert passes[0] != passes[1]
 
 
+def test_long_rows_make_small_windows(make_stream: Callable[..., StreamFeed], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "WINDOW_CHARACTERS", 1000)  # five rows
+    feed = make_stream("buckets", size=1)
+    while feed.epoch == 0:
+        last = feed.window
+        next(feed)
+    assert last > 20
+    check_every_position(lambda: make_stream("buckets"), 40, 5)
+
+
 def test_a_stream_too_small(make_stream: Callable[..., StreamFeed]) -> None:
     with pytest.raises(InputError, match="a whole pass does not make 500 sequences"):
         next(make_stream("buckets", size=500))
@@ -254,6 +265,20 @@ def test_too_little_text(part: str, sentences: list[str], tokenizer: PreTrainedT
         config = DataConfig(text=config.held_out, held_out=str(tmp_path / "b.txt"), sequence_length=32, cache=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=rf"at least 8 sequences of 32 tokens .* got 2 \({part}\)"):
         open_text(config, tokenizer)
+
+
+def test_a_dataset_is_found_again_until_it_changes(
+    sentences: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    config = DataConfig(dataset=str(path), sequence_length=32, cache=tmp_path / "cache", held_out_every=3)
+    keys = []
+    for rows in (sentences[:200], sentences[:200], sentences[200:400]):
+        path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+        keys.append(open_text(config, tokenizer).training.key)  # type: ignore[union-attr]
+        keys.append(open_text(config, tokenizer).training.key)  # type: ignore[union-attr]
+    assert keys[0] == keys[1]
+    assert keys[-1] == keys[-2] != keys[0]
 
 
 def test_streaming_is_for_datasets(tokenizer: PreTrainedTokenizerBase, text_file: Path, tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ def test_local_datasets(tmp_path: Path, kind: str, streaming: bool) -> None:
 def test_rows_as_of_wikitext() -> None:
     rows = ["", " = One = \n", "", " a \n", None, " = = S = = \n", " b ", " = Two = \n", " c \n"]
     assert list(documents_from_rows(rows)) == [["= One =", "a", "= = S = =", "b"], ["= Two =", "c"]]
+    assert list(documents_from_rows(rows[3:])) == [["a", "= = S = =", "b"], ["= Two =", "c"]]
     assert list(documents_from_rows(["", "a", "b\n\nc", " "])) == [["a"], ["b", "c"]]
     assert list(documents_from_rows([])) == []
 
