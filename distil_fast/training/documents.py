@@ -92,14 +92,14 @@ def documents_in(files: Sequence[Path]) -> Iterator[Document]:
         yield from documents_from_lines(_lines(path))
 
 
-def documents_from_lines(lines: Iterable[str]) -> Iterator[Document]:
+def documents_from_lines(lines: Iterable[str], titled: bool | None = None) -> Iterator[Document]:
     """Lines as paragraphs; a document is a block of lines between blank ones.
 
-    Where the first line is a title as WikiText has it (` = Title = `), documents are what stands between such titles,
-    however long. Other blocks end after `DOCUMENT_CHARACTERS` at the latest.
+    If `titled`, documents are what stands between titles as WikiText has them (` = Title = `), however long; None: if
+    the first line is one. Other blocks end after `DOCUMENT_CHARACTERS` at the latest.
     """
     document: Document = []
-    characters, titled = 0, None
+    characters = 0
     for line in map(str.strip, lines):
         title = WIKITEXT_TITLE.fullmatch(line) is not None
         if titled is None and line:

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain, dropwhile
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -125,15 +125,14 @@ def dataset_source(dataset: Loaded, column: str, name: str) -> Source:
 def documents_from_rows(rows: Iterable[str | None]) -> Iterator[Document]:
     """Rows as documents, lines within a row as paragraphs, blank ones left out.
 
-    Where the first row is a title as WikiText has it, rows are lines, and documents begin with such titles.
+    Where one of the first rows is a title as WikiText has it, rows are lines, and documents begin with such titles.
     """
-    filled = dropwhile(lambda row: not row.strip(), (row or "" for row in rows))
-    first = next(filled, "")
-    texts = chain([first], filled)
-    if WIKITEXT_TITLE.fullmatch(first.strip()):
-        yield from documents_from_lines(texts)
+    texts = (row or "" for row in rows)
+    first = list(islice(texts, READ_TOGETHER))
+    if any(WIKITEXT_TITLE.fullmatch(text.strip()) for text in first):
+        yield from documents_from_lines(chain(first, texts), titled=True)
         return
-    for text in texts:
+    for text in chain(first, texts):
         document = [line.strip() for line in text.splitlines() if line.strip()]
         if document:
             yield document

@@ -19,21 +19,24 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_fast.training.arrange import Sequences, arrange, epoch_order, specials_of, to_device
 from distil_fast.training.batch import Batch
+from distil_fast.training.documents import Document
 from distil_fast.training.feed import check_state
 from distil_fast.training.protocols import Feed
 from distil_fast.training.settings import InputError
 from distil_fast.training.sources import documents_from_rows
-from distil_fast.training.tokenise import Part, token_ids
+from distil_fast.training.tokenise import ENCODED_TOGETHER, Part, token_ids
 
-WINDOW_ROWS = 2000  # of each rank
+WINDOW_ROWS = 2000  # of each rank, or fewer:
+WINDOW_CHARACTERS = 16_000_000  # of each rank, about four million tokens
 
 
 class StreamFeed(Feed):
     """Pass after pass over a streamed dataset; the rows of a window in another order in each of them.
 
-    Every rank reads all rows, and tokenises its own: row i of a window is of rank i modulo `ranks`. In a window, what
+    Every rank reads all rows, and tokenises its own: a window is cut into one run of rows for each. In a window, what
     does not fill a micro-batch is left out. Ranks may begin a pass at different steps, and so the state is each rank's
-    own. Reading goes on to the next window when a window ends, which takes its time.
+    own. When a window ends, the feed waits for the next one to be read and tokenised. `WINDOW_CHARACTERS` end a window
+    of long rows.
 
     Args:
         dataset: rows to train on; its order is fixed.
@@ -61,7 +64,7 @@ class StreamFeed(Feed):
         ranks: int = 1,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
-        self.dataset = dataset
+        self.dataset = copy.deepcopy(dataset)  # its position is in it
         self.column = column
         self.tokenizer = tokenizer
         self.arrangement: Literal["packed", "buckets"] = arrangement
@@ -80,7 +83,7 @@ class StreamFeed(Feed):
         }
         self.epoch = self.window = self.position = 0
         self._begins: dict[str, Any] = {}  # the dataset's own state before the window; {}: the beginning
-        self._rows: Iterator[dict[str, Any]] | None = None
+        self._rows: Iterator[str] | None = None
         self._sequences: Sequences | None = None
         self._order: NDArray[np.int64] = np.empty((0, micro_batch_size), np.int64)
 
@@ -109,21 +112,31 @@ class StreamFeed(Feed):
         if not rows:  # the pass has ended
             self.epoch, self.window, self._begins, self._rows = self.epoch + 1, 0, {}, None
             rows = self._next_rows()
-        documents = documents_from_rows(row[self.column] for row in rows[self.rank :: self.ranks])
-        encoded = token_ids([" ".join(document) for document in documents], self.tokenizer)
-        part = Part(
-            np.array([token for ids in encoded for token in (*ids, self.specials.sep)], np.int32),
-            np.cumsum([0, *(len(ids) + 1 for ids in encoded)], dtype=np.int64),
-        )
-        self._sequences = arrange(part, self.length, self.arrangement, self.specials, "")
+        share = -(-len(rows) // self.ranks)
+        documents = documents_from_rows(rows[self.rank * share : (self.rank + 1) * share])
+        self._sequences = arrange(self._tokenised(documents), self.length, self.arrangement, self.specials, "")
         seed = (self.known_by["seed"], self.rank, self.epoch, self.window)
         self._order = epoch_order(self._sequences.lengths, self.micro_batch_size, 1, seed)[:, 0]
 
-    def _next_rows(self) -> list[dict[str, Any]]:
+    def _next_rows(self) -> list[str]:
         if self._rows is None:
             self.dataset.load_state_dict(self._begins)
-            self._rows = iter(self.dataset)
-        return list(islice(self._rows, self.window_rows * self.ranks))
+            self._rows = (row[self.column] or "" for row in self.dataset)
+        rows: list[str] = []
+        characters = 0
+        for row in self._rows:
+            rows.append(row)
+            characters += len(row)
+            if len(rows) == self.window_rows * self.ranks or characters >= WINDOW_CHARACTERS * self.ranks:
+                break
+        return rows
+
+    def _tokenised(self, documents: Iterator[Document]) -> Part:
+        flat: list[NDArray[np.int32]] = []
+        while group := [" ".join(document) for document in islice(documents, ENCODED_TOGETHER)]:
+            flat += [np.array([*ids, self.specials.sep], np.int32) for ids in token_ids(group, self.tokenizer)]
+        offsets = np.cumsum([0, *map(len, flat)], dtype=np.int64)
+        return Part(np.concatenate(flat) if flat else np.empty(0, np.int32), offsets)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window begins, the next micro-batch in it, and what the order depends on."""

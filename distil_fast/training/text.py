@@ -154,6 +154,7 @@ def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, cache: Pat
     tokenised = tokenise(nothing, held_out, 2, tokenizer, cache, config.workers, progress)
     sequences = _arranged("held_out", tokenised.held_out, tokenised.key, config, tokenizer)
     counts = np.bincount(tokenised.held_out.tokens, minlength=len(tokenizer))
+    counts[tokenizer.sep_token_id] -= len(tokenised.held_out.offsets) - 1  # these end the documents
     return Text(stream, sequences, counts, _summary("held_out", tokenised.held_out, sequences), tokenizer, config)
 
 

@@ -39,6 +39,7 @@ Progress: TypeAlias = Callable[[str, int, "int | None"], None]  # what is done, 
 PARTS = ("training", "held_out")
 FORMAT = 1  # of the files in the cache
 WRITTEN_TOGETHER = 1000  # documents
+ENCODED_TOGETHER = 200  # documents
 SHARD_DOCUMENTS = 20_000  # tokenised between two reports of the progress
 PARALLEL_DOCUMENTS = 500  # per worker: fewer are not worth a process
 TEXT_SCHEMA = pa.schema({"text": pa.string()})
@@ -107,7 +108,7 @@ def tokenise(
         found = _open(folder, key)
         if found is not None:
             return found
-        for leftover in cache.glob(f".text-{key}.*.part"):  # of a process that was killed
+        for leftover in filter(Path.is_dir, cache.glob(f".text-{key}.*")):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             documents = (
@@ -115,7 +116,7 @@ def tokenise(
                 if held_out is None
                 else without_held_out(training.documents(), held_out.documents())
             )
-            work = tempfile.mkdtemp(prefix=f".text-{key}.", suffix=".part", dir=cache)
+            work = tempfile.mkdtemp(prefix=f".text-{key}.", dir=cache)
             try:
                 texts = _write_texts(documents, Path(work), progress)
                 with replacing(folder) as scratch:
@@ -244,7 +245,7 @@ class _Tokenising:
             return shard.map(
                 self.encode,
                 batched=True,
-                batch_size=200,
+                batch_size=ENCODED_TOGETHER,
                 num_proc=workers if workers > 1 else None,
                 remove_columns=["text"],
                 features=Features({"ids": List(Value(self.dtype))}),

@@ -44,7 +44,7 @@ def test_predictions_are_those_of_the_whole_model_at_the_masked_positions(make_t
         actual = predict(model, masked)
         logits, labels = [], []
         with torch.no_grad():
-            for input_ids, attention_mask, wanted in masked:
+            for input_ids, attention_mask, _, wanted, _ in masked:
                 output = model(input_ids=input_ids, attention_mask=attention_mask).logits
                 logits.append(output[wanted != IGNORED])
                 labels.append(wanted[wanted != IGNORED])

@@ -273,7 +273,9 @@ class Waits(TorchDispatchMode):
         indexed = "aten::index" in name and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in (args[1] if len(args) > 1 else ())
         )
-        if indexed or any(word in name for word in ("item", "_local_scalar_dense", "nonzero", "masked_select", "unique")):
+        if indexed or any(
+            word in name for word in ("item", "_local_scalar_dense", "nonzero", "masked_select", "unique")
+        ):
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
