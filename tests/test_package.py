@@ -74,7 +74,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "training": PUBLIC | {"backends"},  # environment.py tells which serves a device
     "integrations": PUBLIC,
-    "bench": PUBLIC | {"_C", "backends"},  # which name what serves, and choose another to measure it
+    "bench": PUBLIC | {"_C", "backends", "training"},  # which name what serves, and choose another to measure it
     "cli": {"bench", "training"},
 }
 
@@ -86,7 +86,7 @@ NEEDS: dict[str, set[str]] = {
     | {"accelerate", "transformers", "datasets", "pyarrow", "filelock", "jsonargparse", "yaml", "safetensors"}
     | {"rich", "matplotlib"},
     "integrations": RUNTIME | {"transformers"},
-    "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel"},
+    "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel", "transformers"},
     "cli": {"rich"},
 }
 
