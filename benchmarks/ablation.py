@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,23 +21,21 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, PreTrainedModel
 
 from benchmarks import ablation_report
 from distil_fast.bench import machine
+from distil_fast.training import evaluate, mlm_head
 from distil_fast.training.arrange import evaluation_batches
 from distil_fast.training.atomic import replacing
 from distil_fast.training.batch import MaskedBatch
 from distil_fast.training.cache import cache_folder
-from distil_fast.training.config import HeadConfig, short_head_fit
 from distil_fast.training.corpus import documents_from_installed_packages
-from distil_fast.training.evaluate import Predictions, predict, quality
-from distil_fast.training.masked_lm import MaskedLM
 from distil_fast.training.metrics import Progress
-from distil_fast.training.mlm_head import cache_key, fit_head, load_fitted, save_fitted
 from distil_fast.training.objective import MaskedLMObjective
 from distil_fast.training.precision import resolve_precision
 from distil_fast.training.settings import (
+    EVALUATION_MASKING,
     CheckpointConfig,
     DataConfig,
     InputError,
@@ -74,8 +72,6 @@ LENGTH = 128  # tokens of a sequence
 # Short runs learn faster with twice the share of masked tokens, all alike, and without dropout: no text is seen often.
 MASKING = MaskingConfig(rate=0.3, smoothing=0.0)
 BASE = TrainConfig(masking=MASKING, micro_batch_size=8, accumulation_steps=2, dropout=False)
-# Uniform positions, all of them hidden: the question a reader expects behind "accuracy" and "pseudo-perplexity".
-EVALUATION_MASKING = MaskingConfig(mask=1.0, random=0.0, smoothing=0.0)
 EVALUATION_BATCH, EVALUATION_SEED = 16, 56
 PROBE_STEPS = 8  # of the full arm, from whose time the number of steps follows
 MARGIN = 0.9  # of the minutes: evaluation and the machine's moods need some
@@ -103,10 +99,9 @@ class Session:
     """What all arms share."""
 
     request: Request
-    teacher: MaskedLM
+    teacher: PreTrainedModel
     text: Text
     masked: list[MaskedBatch]  # the held-out text under fixed masks
-    of_teacher: Predictions
 
     def config(self, arm: Arm, seed: int, steps: int, output: Path) -> TrainConfig:
         base, checkpoint = self.request.base, CheckpointConfig(interval=100, keep=1)
@@ -139,7 +134,7 @@ def run(request: Request, console: Console) -> dict[str, Any]:
         "plan": plan,
         "machine": machine.describe(),
         "text": session.text.summary,
-        "teacher": _scores(session, session.teacher),
+        "teacher": _scores(session),
         "untrained": _scores(session, untrained),
         "arms": trained,
     }
@@ -161,26 +156,17 @@ def prepare(request: Request, console: Console) -> Session:
         _give_head(loaded.model, text, request, console)
     masking = text.masking(EVALUATION_MASKING, loaded.model.config.vocab_size, EVALUATION_SEED)
     masked = [masking(batch) for batch in evaluation_batches(text.held_out, EVALUATION_BATCH)]
-    return Session(request, loaded.model, text, masked, predict(loaded.model, masked))
+    return Session(request, loaded.model, text, masked)
 
 
-def _give_head(model: MaskedLM, text: Text, request: Request, console: Console) -> None:
+def _give_head(model: PreTrainedModel, text: Text, request: Request, console: Console) -> None:
     """As the demo does: fitted on the training text, and kept for the next time."""
     assert isinstance(model, BertForMaskedLM), "the packaged encoder is a BERT"
     precision = resolve_precision(request.base.precision, model.device)
-    config: HeadConfig = short_head_fit(precision)
+    config = mlm_head.short_fit(precision)
     if request.head_steps is not None:
         config = replace(config, steps=request.head_steps)
-    settings = (config, request.base.seed, precision)
-    path = cache_folder() / f"{cache_key(model, text.training, settings)}.safetensors"
-    if load_fitted(model, path):
-        return
-    console.print(f"Fitting the teacher's head: {config.steps} steps")
-    masking = text.masking(config.masking, model.config.vocab_size, request.base.seed)
-    stream: Iterator[MaskedBatch] = map(masking, text.feed(config.batch_size, request.base.seed))
-    with console.status("") as status:
-        fit_head(model, stream, config, precision, lambda step, words: status.update(f"step {step}: {words}"))
-    save_fitted(model, path)
+    mlm_head.give(model, text, config, precision, request.base.seed, cache_folder(), console)
 
 
 def _plan(session: Session, console: Console) -> dict[str, Any]:
@@ -256,9 +242,11 @@ def _trainer(session: Session, config: TrainConfig, report: Callable[[Progress],
     return Trainer(objective, feed, masking, config, report=report)
 
 
-def _scores(session: Session, model: MaskedLM) -> dict[str, float]:
-    """MLM top-1 accuracy, pseudo-perplexity and agreement with the teacher, on the held-out text."""
-    return quality(predict(model, session.masked), session.of_teacher)._asdict()
+def _scores(session: Session, model: PreTrainedModel | None = None) -> dict[str, float]:
+    """MLM top-1 accuracy, pseudo-perplexity, agreement and KL with the teacher, on the held-out text; None: its own."""
+    students = {} if model is None else {"student": model}
+    found = evaluate.compare(session.teacher, students, session.masked)
+    return evaluate.measures(found[evaluate.TEACHER if model is None else "student"])
 
 
 def _write(path: Path, data: object) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from rich.console import Console
 
 from distil_fast.training import html_report, svg_chart
 from distil_fast.training.comparison import in_columns, measures, summary
-from distil_fast.training.progress import Display, Progress, duration, in_words
+from distil_fast.training.metrics import Progress
+from distil_fast.training.progress import Display, duration, in_words
 from distil_fast.training.report import comparison_table
 from distil_fast.training.results import ModelResults, RunResults, load, plain, retention, save
 from distil_fast.training.settings import InputError
@@ -235,14 +237,14 @@ def test_ticks_are_round_and_cover(low: float, high: float, expected: list[float
 
 # ------------------------------------------------------------------------------------------------ while it runs
 
-PROGRESS = Progress(50, 200, {"loss": 12.345, "ce": 1.5}, 5123.4, 3725.0, 3e-4, 2.5)
+PROGRESS = Progress(50, 200, {"loss": 12.345, "ce": 1.5}, 2.5, 3e-4, 10**6, 5123.4, 3725.0, 0)
 
 
 def test_progress_without_a_screen_is_a_line_each() -> None:
     screen = io.StringIO()
     with Display(Console(file=screen, width=60), "Distilling") as display:
         display(PROGRESS)
-        display(PROGRESS._replace(step=200, skipped=3))
+        display(replace(PROGRESS, step=200, skipped=3))
     first, second = screen.getvalue().splitlines()
     assert first == f"Distilling: {in_words(PROGRESS)}"
     for words in ("50 of 200", "loss 12.3", "tokens/s 5,123", "lr 3.00e-04", "grad norm 2.5", "1 h 02 min left"):
@@ -255,7 +257,7 @@ def test_progress_on_a_screen_is_one_block_in_place() -> None:
     screen = io.StringIO()
     with Display(Console(file=screen, width=100, force_terminal=True), "Distilling") as display:
         for step in (50, 100, 200):
-            display(PROGRESS._replace(step=step))
+            display(replace(PROGRESS, step=step))
     shown = screen.getvalue()
     for words in ("Distilling", "tokens/s", "5,123", "25%", "done"):
         assert words in shown

@@ -225,7 +225,7 @@ def test_task_distillation_keeps_what_its_teacher_learnt(
     assert "GLUE sst2" in capsys.readouterr().out
     found = load(tmp_path / "out" / "results.json")
     assert found.models["distilled"].tasks["sst2"] > 0.95
-    assert found.history["label"][-1] < 0.2 * found.history["label"][0]
+    assert found.history["label"][-1] < 0.5 * found.history["label"][0]
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
     assert student.config.num_labels == 2
 
