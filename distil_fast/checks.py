@@ -315,6 +315,17 @@ def check_vocab_size(vocab_size: object, cols: int) -> int:
     return vocab_size
 
 
+def check_chunk_bytes(chunk_bytes: object) -> int:
+    """The memory for a chunk of a fused head; 0 stands for the device's own."""
+    if chunk_bytes is None:
+        return 0
+    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
+        raise TypeError(f"chunk_bytes: expected an integer, got {type(chunk_bytes).__name__}.")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a number of bytes >= 1, or None, got {chunk_bytes}.")
+    return chunk_bytes
+
+
 def check_topk(ids: object, log_probs: object, tail: str, tails: tuple[str, ...], student: Tensor) -> None:
     """A top-k teacher against the student's logits [..., V]: ids and log-probabilities [..., k], k >= 1."""
     if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:

@@ -2,46 +2,28 @@
 
 Rows that no term uses are gathered out first; the others go, chunk by chunk, from hidden states to logits, through a
 backend's row kernel, which leaves the gradient where the student's logits were, and on to the gradients of hidden
-states and head. It knows nothing of autograd or of argument checks. Next: products.py; linear.py, which calls it.
+states and head. It knows nothing of autograd or of argument checks. Next: heads.py; linear.py, which calls it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distil_fast import backends
-from distil_fast.backends.layout import LABEL, MASK, TEMPERATURE, raise_fault, real_dtype
+from distil_fast.backends.layout import MASK, real_dtype
 from distil_fast.backends.settings import RowSettings
-from distil_fast.products import WeightGradient, hidden_gradient, logits, logits_dtype
+from distil_fast.backends.values import check_labels, check_temperatures, check_weights
+from distil_fast.heads import Gradients, Head, Wanted, places, slices, spread
+from distil_fast.products import logits_dtype
 
 Scalar = float | Tensor
 
 CPU_BYTES = 32 << 20  # of both models' logits in a chunk: they stay near the caches
 CPU_ROWS, GPU_ROWS = 128, 1024  # a chunk's, at least: fewer starve the products
-
-
-class Head(NamedTuple):
-    """Hidden states `[rows, H]` and the head that makes logits of them: weights `[V, H]`, bias `[V]`."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    def rows(self, part: slice | Tensor) -> Head:
-        return self._replace(hidden=self.hidden[part])
-
-    def computed(self) -> Head:
-        """The head in its hidden states' dtype."""
-        bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
-        return Head(self.hidden, self.weight.to(self.hidden.dtype), bias)
-
-    def logits(self, wide: bool) -> Tensor:
-        return logits(*self, wide)
 
 
 class Given(NamedTuple):
@@ -96,14 +78,6 @@ class Terms(NamedTuple):
     shift: float = 0.0
 
 
-class Wanted(NamedTuple):
-    """Which gradients are: of the student's hidden states (or logits), of its weights, of its bias."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
 class Made(NamedTuple):
     """Loss and its terms; the gradients, in units of `unit` (1 but for float16)."""
 
@@ -124,14 +98,14 @@ def chunked_loss(rows: Rows, terms: Terms, wanted: Wanted, *, wide: bool = True,
             checking mode).
     """
     rows, terms = _without_idle_terms(rows, terms)
-    used = _used(rows, terms)
+    labelled = None if rows.labels is None else rows.labels != terms.settings.ignore_index
     if not rows.values.is_cuda or backends.checking():
-        _check(rows, terms)
-    terms = _counted(rows, terms)
-    index = None if used is None or bool(used.all()) else used.nonzero().squeeze(1)
+        _check(rows, labelled)
+    terms = _counted(rows, labelled, terms)
+    index = places(_used(rows, labelled))
     busy = rows if index is None else rows.part(index)
     loop = _Loop(busy, terms, wanted, wide)
-    for part in _chunks(busy, wide, chunk_bytes):
+    for part in slices(busy.values.shape[0], _most_rows(busy, wide, chunk_bytes)):
         loop.run(part)
     return loop.made(rows.values.shape[0], index)
 
@@ -152,43 +126,30 @@ def _without_idle_terms(rows: Rows, terms: Terms) -> tuple[Rows, Terms]:
     return rows, terms
 
 
-def _labelled(rows: Rows, terms: Terms) -> Tensor | None:
-    return None if rows.labels is None else rows.labels != terms.settings.ignore_index
-
-
-def _used(rows: Rows, terms: Terms) -> Tensor | None:
+def _used(rows: Rows, labelled: Tensor | None) -> Tensor | None:
     """Which rows a term uses; None: all of them."""
-    if rows.teacher is not None and rows.soft_mask is None:
+    if rows.teacher is None:
+        return rows.values.new_zeros(rows.values.shape[0], dtype=torch.bool) if labelled is None else labelled
+    if rows.soft_mask is None:
         return None
-    used = rows.values.new_zeros(rows.values.shape[0], dtype=torch.bool)
-    if rows.teacher is not None and rows.soft_mask is not None:
-        used |= rows.soft_mask != 0
-    labelled = _labelled(rows, terms)
+    used = rows.soft_mask != 0
     return used if labelled is None else used | labelled
 
 
-def _check(rows: Rows, terms: Terms) -> None:
+def _check(rows: Rows, labelled: Tensor | None) -> None:
     """Values at fault, with the row of the whole call: the kernels see chunks."""
-    labelled = _labelled(rows, terms)
     if rows.labels is not None and labelled is not None:
-        _refuse(LABEL, labelled & ((rows.labels < 0) | (rows.labels >= rows.cols)), rows.labels, rows.cols)
+        check_labels(rows.labels, labelled, rows.cols)
     if rows.teacher is None:
         return
     if rows.soft_mask is not None and rows.soft_mask.dtype != torch.bool:
-        _refuse(MASK, ~((rows.soft_mask >= 0) & (rows.soft_mask < math.inf)), rows.soft_mask, rows.cols)
+        check_weights(MASK, rows.soft_mask)
     if isinstance(rows.temperature, Tensor):
-        t = rows.temperature.expand(rows.values.shape[0])
-        bad = ~((t >= 1e-15) & (t <= 1e15))
-        _refuse(TEMPERATURE, bad if rows.soft_mask is None else bad & (rows.soft_mask != 0), t, rows.cols)
+        used = None if rows.soft_mask is None else rows.soft_mask != 0
+        check_temperatures(rows.temperature.expand(rows.values.shape[0]), used)
 
 
-def _refuse(kind: int, bad: Tensor, values: Tensor, cols: int) -> None:
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise_fault((kind, row, float(values[row])), cols=cols)
-
-
-def _counted(rows: Rows, terms: Terms) -> Terms:
+def _counted(rows: Rows, labelled: Tensor | None, terms: Terms) -> Terms:
     """The denominators of all rows, which a chunk cannot know: a mean's only; tensors where waiting would cost."""
     if terms.settings.reduction != "mean":
         return terms
@@ -196,7 +157,6 @@ def _counted(rows: Rows, terms: Terms) -> Terms:
     if rows.teacher is not None and not isinstance(soft, Tensor) and soft < 0:
         mask = rows.soft_mask
         soft = float(rows.values.shape[0]) if mask is None else _number(mask.sum(dtype=torch.float64))
-    labelled = _labelled(rows, terms)
     if rows.labels is not None and labelled is not None and not isinstance(hard, Tensor) and hard < 0:
         weights = labelled
         if terms.class_weights is not None:
@@ -206,20 +166,31 @@ def _counted(rows: Rows, terms: Terms) -> Terms:
     return terms._replace(soft_count=soft, hard_count=hard)
 
 
+def _float(x: Scalar) -> Scalar:
+    return x.float() if isinstance(x, Tensor) else x
+
+
+def _largest(x: Scalar) -> Scalar:
+    return _float(x.abs().max()) if isinstance(x, Tensor) else abs(x)
+
+
+def _inverse(count: Scalar) -> Scalar:
+    """What a mean's rows are multiplied with: 0 where none counts."""
+    if isinstance(count, Tensor):
+        return torch.where(count > 0, 1.0 / count.float(), 0.0)
+    return 1.0 / count if count > 0 else 0.0
+
+
 def _number(total: Tensor) -> Scalar:
     return total.float() if total.is_cuda else total.item()
 
 
-def _chunks(rows: Rows, wide: bool, chunk_bytes: int) -> Iterator[slice]:
-    """Slices of as equal a size as possible, so that no product is left with a few rows."""
-    count = rows.values.shape[0]
+def _most_rows(rows: Rows, wide: bool, chunk_bytes: int) -> int:
+    """Of a chunk."""
     by_row = 2 * rows.cols * logits_dtype(rows.values, wide).itemsize  # of both models' logits
-    most = GPU_ROWS if rows.values.is_cuda else max(CPU_ROWS, CPU_BYTES // by_row)
     if chunk_bytes:
-        most = chunk_bytes // by_row
-    number = math.ceil(count / max(1, most))
-    for i in range(number):
-        yield slice(count * i // number, count * (i + 1) // number)
+        return chunk_bytes // by_row
+    return GPU_ROWS if rows.values.is_cuda else max(CPU_ROWS, CPU_BYTES // by_row)
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -237,32 +208,29 @@ class _Loop:
         self.kernels = backends.module(terms.settings.backend)
         self.unit = self._unit()
         values, count = rows.values, rows.values.shape[0]
-        real = real_dtype(values)
         self.each = terms.settings.reduction == "none"
-        self.totals = torch.zeros((3, count) if self.each else (3,), dtype=torch.float64, device=values.device)
-        self.totals = self.totals.to(real) if self.each else self.totals
-        self.hidden = torch.empty_like(values, memory_format=torch.contiguous_format) if wanted.hidden else None
-        self.weight = WeightGradient(rows.cols, values) if wanted.weight else None
-        self.bias = values.new_zeros(rows.cols, dtype=real) if wanted.bias else None
+        shape, dtype = ((3, count), real_dtype(values)) if self.each else ((3,), torch.float64)
+        self.totals = torch.zeros(shape, dtype=dtype, device=values.device)
+        self.gradients = Gradients(values, rows.cols, wanted)
 
     def _unit(self) -> Scalar:
-        """What an fp16 gradient is stored in units of: as in csrc/cpu/shares.h, from the largest weight that a row can
-        have, before upstream gradients."""
+        """What an fp16 gradient is stored in units of, before upstream gradients: `unit_of` in csrc/cpu/shares.h says
+        why. Made here, of the largest weight that a row of the call can have, because a kernel sees a chunk's rows; and
+        without a number of the host's going to a GPU, which would wait for it."""
         rows, terms = self.rows, self.terms
         if rows.values.dtype != torch.float16 or not any(self.wanted) or rows.upstream is not None:
             return 1.0
-        size = rows.values.new_zeros((), dtype=torch.float32)
+        size: Scalar = 0.0
         mean = terms.settings.reduction == "mean"
         if rows.teacher is not None and rows.values.shape[0]:
-            t = torch.as_tensor(rows.temperature, dtype=torch.float32, device=size.device)
+            t = _float(rows.temperature)
             share = t if terms.settings.t_squared else 1.0 / t
             share = share if rows.soft_mask is None else share * rows.soft_mask
-            size = size + (share * terms.soft_weight).abs().max() / (terms.soft_count if mean else 1.0)
+            size += _largest(share * terms.soft_weight) * (_inverse(terms.soft_count) if mean else 1.0)
         if rows.labels is not None and rows.values.shape[0]:
-            most = 1.0 if terms.class_weights is None else terms.class_weights.max()
-            size = size + torch.as_tensor(terms.hard_weight * most, device=size.device).abs() / (
-                terms.hard_count if mean else 1.0
-            )
+            most = 1.0 if terms.class_weights is None else _float(terms.class_weights.max())
+            size += _largest(terms.hard_weight * most) * (_inverse(terms.hard_count) if mean else 1.0)
+        size = size if isinstance(size, Tensor) else rows.values.new_full((), size, dtype=torch.float32)
         unit = torch.where((size > 0) & (size < math.inf), torch.exp2(torch.ceil(torch.log2(size)) - 6.0), 1.0)
         return unit if unit.is_cuda else unit.item()
 
@@ -293,31 +261,14 @@ class _Loop:
                 total[part] = value
             else:
                 total += value
-        self._propagate(part, rows.student, student)
-
-    def _propagate(self, part: slice, student: Head | Tensor, grad: Tensor) -> None:
-        """From the gradient of the chunk's logits to the wanted ones."""
-        if isinstance(student, Tensor):
-            if self.hidden is not None:
-                self.hidden[part] = grad
-            return
-        if self.bias is not None:
-            self.bias += grad.sum(0, dtype=self.bias.dtype)
-        if grad.is_cuda:
-            grad = grad.to(student.hidden.dtype)
-        if self.weight is not None:
-            self.weight.add(grad, student.hidden)
-        if self.hidden is not None:
-            self.hidden[part] = hidden_gradient(grad, student.weight)
+        if isinstance(rows.student, Head):
+            self.gradients.add(part, rows.student, student)
+        elif self.gradients.hidden is not None:
+            self.gradients.hidden[part] = student
 
     def made(self, count: int, index: Tensor | None) -> Made:
         """The results for all `count` rows of the call, of which these are those at `index`."""
-        totals, hidden = self.totals, self.hidden
-        if index is not None:
-            if self.each:
-                totals = totals.new_zeros((3, count)).index_copy_(1, index, totals)
-            if hidden is not None:
-                hidden = hidden.new_zeros((count, hidden.shape[1])).index_copy_(0, index, hidden)
+        hidden, weight, bias = self.gradients.results()
+        totals = spread(self.totals, index, count, dim=1) if self.each else self.totals
         loss, soft, hard = totals.to(real_dtype(self.rows.values))
-        weight = None if self.weight is None else self.weight.sum
-        return Made(loss, soft, hard, hidden, weight, self.bias, self.unit)
+        return Made(loss, soft, hard, None if hidden is None else spread(hidden, index, count), weight, bias, self.unit)

@@ -14,10 +14,10 @@ from distil_fast.backends.settings import RowSettings
 from distil_fast.linear import hidden_teacher_loss
 from distil_fast.options import (
     check_teacher_rows,
-    no_hard_term,
-    no_soft_term,
+    hard_term_alone,
     row_options,
     rows_of,
+    soft_term_alone,
     without_teacher_logits,
 )
 from distil_fast.reference import Divergence, LossTerms, TripleTerms, as_divergence
@@ -214,35 +214,23 @@ def divergence_loss(
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
     checks.check_values("student_logits", student_logits)
-    checks.check_reduction(reduction, count=count)
-    checks.check_mask("mask", mask, student_logits)
-    if count is not None:
-        checks.check_quantity("count", count, student_logits)
+    options = soft_term_alone(
+        student_logits,
+        mask,
+        count,
+        reduction,
+        divergence=divergence,
+        temperature=temperature,
+        t_squared=t_squared,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        vocab_size=vocab_size,
+    )
     if teacher_logits is None:
         raise TypeError("teacher_logits: expected a tensor or another form of teacher, got None.")
-    return _row_loss(
-        "divergence_loss",
-        student_logits,
-        teacher_logits,
-        None,
-        {
-            "temperature": temperature,
-            "soft_weight": 1.0,
-            "soft_mask": mask,
-            "soft_count": count,
-            "divergence": divergence,
-            "t_squared": t_squared,
-            "student_logit_scale": student_logit_scale,
-            "student_softcap": student_softcap,
-            "teacher_logit_scale": teacher_logit_scale,
-            "teacher_softcap": teacher_softcap,
-            "vocab_size": vocab_size,
-            "reduction": reduction,
-            **no_hard_term(),
-        },
-        False,
-        backend,
-    ).loss
+    return _row_loss("divergence_loss", student_logits, teacher_logits, None, options, False, backend).loss
 
 
 def cross_entropy(
@@ -272,31 +260,20 @@ def cross_entropy(
         ValueError, TypeError, NotImplementedError: as `distillation_loss`.
     """
     checks.check_values("logits", logits)
-    checks.check_labels(labels, logits)
-    checks.check_reduction(reduction, count=count)
-    if count is not None:
-        checks.check_quantity("count", count, logits)
-    return _row_loss(
-        "cross_entropy",
+    options = hard_term_alone(
         logits,
-        None,
         labels,
-        {
-            "hard_weight": 1.0,
-            "hard_count": count,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "class_weights": class_weights,
-            "z_loss": z_loss,
-            "student_logit_scale": logit_scale,
-            "student_softcap": softcap,
-            "vocab_size": vocab_size,
-            "reduction": reduction,
-            **no_soft_term(),
-        },
-        False,
-        backend,
-    ).loss
+        count,
+        reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
+        student_logit_scale=logit_scale,
+        student_softcap=softcap,
+        vocab_size=vocab_size,
+    )
+    return _row_loss("cross_entropy", logits, None, labels, options, False, backend).loss
 
 
 def softmax(logits: Tensor, temperature: float | Tensor = 1.0, *, backend: str | None = None) -> Tensor:

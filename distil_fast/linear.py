@@ -15,10 +15,10 @@ from distil_fast import backends, checks, reference, reference_topk
 from distil_fast.linear_ops import chunked
 from distil_fast.options import (
     check_teacher_rows,
-    no_hard_term,
-    no_soft_term,
+    hard_term_alone,
     row_options,
     rows_of,
+    soft_term_alone,
     without_teacher_logits,
 )
 from distil_fast.reference import Divergence, LossTerms, as_divergence
@@ -63,9 +63,12 @@ def linear_distillation_loss(
         s = student_hidden student_weight^T + student_bias          t = teacher_hidden teacher_weight^T + teacher_bias
 
     Rows that no term uses are left out before the products: with 15 % of the tokens masked, and `soft_mask` equal to
-    them, the heads do 15 % of the work. (On a GPU that costs one synchronisation, to learn how many they are; without
-    mask and labels there is none.) Gradients of the student's hidden states, weights and bias are made in the forward,
-    summed in float32; what needs no gradient costs none. Backward hands them over.
+    them, the heads do 15 % of the work. Gradients of the student's hidden states, weights and bias are made in the
+    forward, summed in float32; what needs no gradient costs none. Backward hands them over.
+
+    On a GPU leaving rows out costs one synchronisation, to learn how many are left. A call with a teacher and without
+    `soft_mask`, where every row counts, has none: who knows the rows that count passes them alone, `hidden[rows]` of
+    both models and `labels[rows]`, of which some may still be `ignore_index`. With labels alone there always is one.
 
     Args:
         student_hidden: `[..., H]`, float32, float16, bfloat16 or float64. Under autocast it is cast as a linear layer
@@ -92,29 +95,35 @@ def linear_distillation_loss(
     Raises:
         ValueError, TypeError, NotImplementedError: as `distillation_loss`; shapes of a head that do not fit; a DTensor.
     """
-    options = {
-        "temperature": temperature,
-        "soft_weight": soft_weight,
-        "hard_weight": hard_weight,
-        "soft_mask": soft_mask,
-        "soft_count": soft_count,
-        "hard_count": hard_count,
-        "ignore_index": ignore_index,
-        "divergence": divergence,
-        "t_squared": t_squared,
-        "label_smoothing": label_smoothing,
-        "class_weights": class_weights,
-        "z_loss": z_loss,
-        "student_logit_scale": student_logit_scale,
-        "student_softcap": student_softcap,
-        "teacher_logit_scale": teacher_logit_scale,
-        "teacher_softcap": teacher_softcap,
-        "vocab_size": vocab_size,
-        "reduction": reduction,
-    }
-    how = {"precision": precision, "chunk_bytes": chunk_bytes, "backend": backend}
-    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
-    return _linear_loss("linear_distillation_loss", student, teacher, labels, how, options)
+    return _linear_loss(
+        "linear_distillation_loss",
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias),
+        labels,
+        {
+            "temperature": temperature,
+            "soft_weight": soft_weight,
+            "hard_weight": hard_weight,
+            "soft_mask": soft_mask,
+            "soft_count": soft_count,
+            "hard_count": hard_count,
+            "ignore_index": ignore_index,
+            "divergence": divergence,
+            "t_squared": t_squared,
+            "label_smoothing": label_smoothing,
+            "class_weights": class_weights,
+            "z_loss": z_loss,
+            "student_logit_scale": student_logit_scale,
+            "student_softcap": student_softcap,
+            "teacher_logit_scale": teacher_logit_scale,
+            "teacher_softcap": teacher_softcap,
+            "vocab_size": vocab_size,
+            "reduction": reduction,
+        },
+        precision,
+        chunk_bytes,
+        backend,
+    )
 
 
 def linear_divergence_loss(
@@ -149,30 +158,25 @@ def linear_divergence_loss(
         ValueError, TypeError, NotImplementedError: as `linear_distillation_loss`.
     """
     checks.check_values("student_hidden", student_hidden)
-    checks.check_reduction(reduction, count=count)
-    checks.check_mask("mask", mask, student_hidden)
-    if count is not None:
-        checks.check_quantity("count", count, student_hidden)
+    options = soft_term_alone(
+        student_hidden,
+        mask,
+        count,
+        reduction,
+        divergence=divergence,
+        temperature=temperature,
+        t_squared=t_squared,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        vocab_size=vocab_size,
+    )
     if teacher_hidden is None:
         raise TypeError("teacher_hidden: expected a tensor or another form of teacher, got None.")
-    options = {
-        "temperature": temperature,
-        "soft_weight": 1.0,
-        "soft_mask": mask,
-        "soft_count": count,
-        "divergence": divergence,
-        "t_squared": t_squared,
-        "student_logit_scale": student_logit_scale,
-        "student_softcap": student_softcap,
-        "teacher_logit_scale": teacher_logit_scale,
-        "teacher_softcap": teacher_softcap,
-        "vocab_size": vocab_size,
-        "reduction": reduction,
-        **no_hard_term(),
-    }
-    how = {"precision": precision, "chunk_bytes": chunk_bytes, "backend": backend}
     student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
-    return _linear_loss("linear_divergence_loss", student, teacher, None, how, options).loss
+    how = precision, chunk_bytes, backend
+    return _linear_loss("linear_divergence_loss", student, teacher, None, options, *how).loss
 
 
 def linear_cross_entropy(
@@ -203,25 +207,21 @@ def linear_cross_entropy(
         ValueError, TypeError, NotImplementedError: as `linear_distillation_loss`.
     """
     checks.check_values("hidden", hidden)
-    checks.check_labels(labels, hidden)
-    checks.check_reduction(reduction, count=count)
-    if count is not None:
-        checks.check_quantity("count", count, hidden)
-    options = {
-        "hard_weight": 1.0,
-        "hard_count": count,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "class_weights": class_weights,
-        "z_loss": z_loss,
-        "student_logit_scale": logit_scale,
-        "student_softcap": softcap,
-        "vocab_size": vocab_size,
-        "reduction": reduction,
-        **no_soft_term(),
-    }
-    how = {"precision": precision, "chunk_bytes": chunk_bytes, "backend": backend}
-    return _linear_loss("linear_cross_entropy", (hidden, weight, bias), (None, None, None), labels, how, options).loss
+    options = hard_term_alone(
+        hidden,
+        labels,
+        count,
+        reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
+        student_logit_scale=logit_scale,
+        student_softcap=softcap,
+        vocab_size=vocab_size,
+    )
+    student, how = (hidden, weight, bias), (precision, chunk_bytes, backend)
+    return _linear_loss("linear_cross_entropy", student, (None, None, None), labels, options, *how).loss
 
 
 def hidden_teacher_loss(
@@ -235,8 +235,7 @@ def hidden_teacher_loss(
         logits = reference.head_logits(teacher.hidden, teacher.weight, teacher.bias)
         return reference.distillation_loss(student_logits, logits, labels, **options)
     head = teacher.weight, teacher.bias
-    how = {"precision": EXACT, "chunk_bytes": None}
-    return _call(student_logits, (None, None), teacher, head, labels, how, chosen, options)
+    return _call(student_logits, (None, None), teacher, head, labels, options, True, 0, chosen)
 
 
 # ------------------------------------------------------------------------------------------------ the call
@@ -247,10 +246,12 @@ def _linear_loss(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor | Teacher | None, Tensor | None, Tensor | None],
     labels: Tensor | None,
-    how: dict[str, Any],
     options: dict[str, Any],
+    precision: str,
+    chunk_bytes: int | None,
+    backend: str | None,
 ) -> LossTerms:
-    """Any of the losses above. how: precision, chunk_bytes and backend; options: distillation_loss's."""
+    """Any of the losses above; `options` are distillation_loss's, every one of them."""
     hidden, weight, bias = student
     checks.check_head("hidden" if name == "linear_cross_entropy" else "student_hidden", hidden, weight, bias)
     given, teacher_weight, teacher_bias = teacher
@@ -264,15 +265,17 @@ def _linear_loss(
         checks.check_no_head(given, teacher_weight, teacher_bias)
         logits = hidden.detach().new_empty(()).expand(*hidden.shape[:-1], weight.shape[0])  # nothing but their shape
         check_teacher_rows(given, logits, options["vocab_size"])
-    if how["precision"] not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {how['precision']!r}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    size = checks.check_chunk_bytes(chunk_bytes)
     hidden = _in_autocast(hidden)
-    chosen = backends.for_call(hidden, name, how.pop("backend"))
+    chosen = backends.for_call(hidden, name, backend)
     if chosen == "reference":
         return _by_reference(hidden, weight, bias, teacher, labels, options)
     if isinstance(given, Tensor) and teacher_weight is not None:
         given = _in_autocast(given)
-    return _call(hidden, (weight, bias), given, (teacher_weight, teacher_bias), labels, how, chosen, options)
+    heads = (weight, bias), given, (teacher_weight, teacher_bias)
+    return _call(hidden, *heads, labels, options, precision == EXACT, size, chosen)
 
 
 def _by_reference(
@@ -308,25 +311,16 @@ def _flat(tensor: Any) -> Any:
     return tensor.flatten() if isinstance(tensor, Tensor) and tensor.dim() else tensor
 
 
-def _chunk_bytes(chunk_bytes: object) -> int:
-    if chunk_bytes is None:
-        return 0
-    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
-        raise TypeError(f"chunk_bytes: expected an integer, got {type(chunk_bytes).__name__}.")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes: expected a number of bytes >= 1, or None, got {chunk_bytes}.")
-    return chunk_bytes
-
-
 def _call(
     student: Tensor,
     head: tuple[Tensor | None, Tensor | None],
     teacher: Tensor | Teacher | None,
     teacher_head: tuple[Tensor | None, Tensor | None],
     labels: Tensor | None,
-    how: dict[str, Any],
-    backend: str,
     options: dict[str, Any],
+    wide: bool,
+    chunk_bytes: int,
+    backend: str,
 ) -> LossTerms:
     """A loss of checked tensors by a backend with kernels; `student` are logits where it has no head."""
     values, ids, form = rows_of(teacher)
@@ -336,7 +330,6 @@ def _call(
         head, teacher_head = _first(v, *head), _first(v, *teacher_head)
         student = student if head[0] is not None else student[..., :v]
         values = values if teacher_head[0] is not None or ids is not None or values is None else values[..., :v]
-    wide = how["precision"] == EXACT
     loss, soft, hard = chunked(
         student.reshape(-1, student.shape[-1]),
         *head,
@@ -348,7 +341,7 @@ def _call(
             teacher.tail if isinstance(teacher, TopK) else "",
             as_divergence(options["divergence"]).shift,
             wide,
-            _chunk_bytes(how["chunk_bytes"]),
+            chunk_bytes,
         ),
     )
     shape = student.shape[:-1] if settings.reduction == "none" else ()

@@ -14,7 +14,8 @@ from torch import Tensor
 from distil_fast import backends, ops
 from distil_fast.backends.layout import real_dtype
 from distil_fast.backends.settings import SCHEMA, RowSettings
-from distil_fast.chunks import Given, Head, Made, Rows, Terms, Wanted, chunked_loss
+from distil_fast.chunks import Given, Made, Rows, Terms, chunked_loss
+from distil_fast.heads import Head, Wanted
 
 # ------------------------------------------------------------------------------------------------ the op
 

@@ -135,9 +135,46 @@ def check_teacher_rows(teacher: Tensor | Teacher | None, student_logits: Tensor,
         checks.check_pair("logits", student_logits, rows_of(teacher)[0], vocab_size)
 
 
-def no_soft_term() -> dict[str, Any]:
-    """The options of the soft term, for a loss that has none."""
+def soft_term_alone(
+    values: Tensor, mask: Tensor | None, count: Scalar | None, reduction: str, **options: Any
+) -> dict[str, Any]:
+    """The options of a loss that is the soft term alone, and calls its mask and count so.
+
+    Raises:
+        ValueError, TypeError: expected, got, remedy.
+    """
+    _check_alone(values, count, reduction)
+    checks.check_mask("mask", mask, values)
     return {
+        "soft_weight": 1.0,
+        "soft_mask": mask,
+        "soft_count": count,
+        "reduction": reduction,
+        **options,
+        "hard_weight": None,
+        "hard_count": None,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "class_weights": None,
+        "z_loss": 0.0,
+    }
+
+
+def hard_term_alone(
+    values: Tensor, labels: Tensor, count: Scalar | None, reduction: str, **options: Any
+) -> dict[str, Any]:
+    """The options of a loss that is the hard term alone, and calls its count so.
+
+    Raises:
+        ValueError, TypeError: expected, got, remedy.
+    """
+    checks.check_labels(labels, values)
+    _check_alone(values, count, reduction)
+    return {
+        "hard_weight": 1.0,
+        "hard_count": count,
+        "reduction": reduction,
+        **options,
         "temperature": 1.0,
         "soft_weight": 0.0,
         "soft_mask": None,
@@ -149,16 +186,10 @@ def no_soft_term() -> dict[str, Any]:
     }
 
 
-def no_hard_term() -> dict[str, Any]:
-    """The options of the hard term, for a loss that has none."""
-    return {
-        "hard_weight": None,
-        "hard_count": None,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "class_weights": None,
-        "z_loss": 0.0,
-    }
+def _check_alone(values: Tensor, count: Scalar | None, reduction: str) -> None:
+    checks.check_reduction(reduction, count=count)
+    if count is not None:
+        checks.check_quantity("count", count, values)
 
 
 def without_teacher_logits(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The four matrix products of a fused head, on one chunk of rows: both models' logits, and the student's two gradients.
 
-Products are summed in float32 at least; `wide` logits are not rounded to a half precision either. It knows nothing of
-losses or of how rows are chunked. Next: chunks.py.
+Products are summed in float32 at least; `wide` results are not rounded to a half precision either. A head is widened by
+tiles, never as a whole. It knows nothing of losses or of how rows are chunked. Next: heads.py.
 
 On a CPU float32 goes to oneDNN where torch has it, which on some processors is twice as fast as torch.mm's BLAS. oneDNN
 falls back to a slow reference for layouts that it does not know: only dense operands go there, transposed or not.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _HALVES = (torch.float16, torch.bfloat16)
-TILE_BYTES = 4 << 20  # of what is widened, or multiplied, at a time: it stays in the caches
+TILE_BYTES = 4 << 20  # of what is widened, or multiplied, at a time: on a CPU it stays in the caches
+GPU_TILE_BYTES = 64 << 20
 
 
 def _by_onednn(*operands: Tensor) -> bool:
@@ -35,7 +36,8 @@ def _times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 def _tiles(weight: Tensor) -> range:
     """The first rows of tiles whose float32 copies have TILE_BYTES."""
-    return range(0, weight.shape[0], max(1, TILE_BYTES // (4 * weight.shape[1])))
+    size = TILE_BYTES if weight.device.type == "cpu" else GPU_TILE_BYTES
+    return range(0, weight.shape[0], max(1, size // (4 * weight.shape[1])))
 
 
 def logits_dtype(hidden: Tensor, wide: bool) -> torch.dtype:
@@ -44,13 +46,16 @@ def logits_dtype(hidden: Tensor, wide: bool) -> torch.dtype:
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
-    """hidden weight^T + bias `[rows, V]`, of hidden states `[rows, H]` and weights `[V, H]` of one dtype.
+    """hidden weight^T + bias `[rows, V]`, of hidden states `[rows, H]` and weights `[V, H]`.
 
-    wide: half-precision operands give float32 logits, which no rounding comes near.
+    wide: half-precision operands, of one dtype or of two, give float32 logits, which no rounding comes near. Otherwise
+    weights and bias are of the hidden states' dtype.
     """
-    if logits_dtype(hidden, wide) == hidden.dtype:
-        return _times_transposed(hidden, weight.contiguous(), bias)
-    if hidden.device.type != "cpu":
+    if wide and weight.dtype not in _HALVES:
+        hidden = hidden.to(weight.dtype)
+    if weight.dtype == hidden.dtype == logits_dtype(hidden, wide):
+        return _times_transposed(hidden, weight.contiguous(), None if bias is None else bias.to(hidden.dtype))
+    if hidden.device.type != "cpu" and weight.dtype == hidden.dtype:
         out: Tensor = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return out if bias is None else out.add_(bias)
     out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
@@ -70,14 +75,17 @@ def _slow_half(x: Tensor) -> bool:
     return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)()
 
 
-def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad weight `[rows, H]` in the weight's dtype, of the logits' gradient `[rows, V]` in float32 or that dtype."""
-    if _slow_half(weight):
+def hidden_gradient(grad: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+    """grad weight `[rows, H]` in the weight's dtype, of the logits' gradient `[rows, V]` in float32 or that dtype.
+
+    wide: of weights in half precision the product is float32, and not rounded.
+    """
+    if weight.dtype in _HALVES and (wide or _slow_half(weight)):
         out = grad.new_zeros((grad.shape[0], weight.shape[1]), dtype=torch.float32)
         tiles = _tiles(weight)
         for start in tiles:
             out.addmm_(grad[:, start : start + tiles.step].float(), weight[start : start + tiles.step].float())
-        return out.to(weight.dtype)
+        return out if wide else out.to(weight.dtype)
     grad = grad.to(weight.dtype)
     if _by_onednn(grad, weight):
         return _times_transposed(grad, weight.contiguous().t())

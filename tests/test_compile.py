@@ -114,7 +114,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 def test_no_op_goes_unchecked() -> None:
     registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("distil_fast::")}
     names = ("distillation-mean", "topk-none", "cosine-mean", "cosine-none", "softmax", "inplace")
-    heads = {"distil_fast::chunked_loss"}  # test_linear.py checks it
+    heads = {"distil_fast::chunked_loss"}  # test_linear_use.py checks it
     assert {op.name() for name in names for op, _ in recorded(name)} | heads == registered
 
 
@@ -286,7 +286,7 @@ def test_inductor(name: str) -> None:
     check_inductor(name)
 
 
-@pytest.mark.parametrize("name", ["distillation-mean", "softmax", "inplace"])
+@pytest.mark.parametrize("name", ["distillation-mean", "inplace"])
 def test_inductor_in_brief(name: str) -> None:
     check_inductor(name)
 

@@ -76,6 +76,7 @@ def test_exp_expm1_and_log1p(isa: str, commands: dict[str, Command], tmp_path: P
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_clean_under_address_and_undefined_behaviour_sanitizers(commands: dict[str, Command], tmp_path: Path) -> None:
     sanitize = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     compilations = [

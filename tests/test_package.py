@@ -30,7 +30,8 @@ PUBLIC = {"distil_fast", "functional", "hidden", "linear", "modules", "parallel"
 # part -> the parts that it may import; `distil_fast` is the package's face, distil_fast/__init__.py
 ARROWS: dict[str, set[str]] = {
     "reference_pairs": set(),
-    "reference": {"reference_pairs"},
+    "reference_divergences": {"reference_pairs"},
+    "reference": {"reference_divergences", "reference_pairs"},
     "reference_topk": {"reference"},
     "checks": set(),
     "kernels": set(),
@@ -41,8 +42,9 @@ ARROWS: dict[str, set[str]] = {
     "pairs": {"backends", "checks", "ops", "reference"},
     "hidden": {"checks", "pairs"},
     "products": set(),
-    "chunks": {"backends", "products"},
-    "linear_ops": {"backends", "chunks", "ops"},
+    "heads": {"backends", "products"},
+    "chunks": {"backends", "heads", "products"},
+    "linear_ops": {"backends", "chunks", "heads", "ops"},
     "linear": {"backends", "checks", "linear_ops", "options", "reference", "reference_topk", "teachers"},
     "functional": {
         "backends",
@@ -55,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
         "reference_topk",
         "teachers",
     },
-    "parallel": {"backends", "checks", "ops", "options", "products", "reference", "reference_pairs"},
+    "parallel": {"backends", "checks", "heads", "ops", "options", "reference", "reference_pairs"},
     "modules": {"functional", "hidden", "reference", "teachers"},
     "linear_modules": {"linear", "modules", "reference", "teachers"},
     "parallel_modules": {"modules", "parallel", "reference"},

@@ -1,7 +1,7 @@
 """One shard's local steps, without processes: every instruction set, dtype pair and odd width against plain torch in
 float64; the same bits on any number of threads; nothing touched beyond the rows.
 
-What the steps come to when shards meet is test_parallel.py's affair. Next: distil_fast/backends/shards.py.
+What the steps come to when shards meet is parallel/test_losses.py's affair. Next: distil_fast/backends/shards.py.
 """
 
 from __future__ import annotations
@@ -92,6 +92,24 @@ def test_gradient(instruction_set: str, teacher: torch.dtype) -> None:
                 inplace = shard.student.clone()
                 shards.gradient(shard._replace(student=inplace), totals, labels, 3 * cols, inplace)
                 assert torch.equal(inplace, grad)
+
+
+def test_the_slope_of_a_cap_that_is_reached() -> None:
+    """In float64 1 - tanh(z)^2 has no digit left at z = 19; 1 / cosh(z)^2 has them all."""
+    shard = a_shard(40, torch.float64, torch.float64)
+    totals, labels = totals_of(shard), torch.tensor([0, 39, -1, 20, 0])
+    z = torch.linspace(-300.0, 300.0, 40, dtype=torch.float64).expand(5, 40).clone()
+    z[:, 7], z[:, 8] = 19.0, -torch.inf
+    cap, scale = 5.0, 0.5
+    capped = shard._replace(
+        student=z * (cap / scale), settings=shard.settings._replace(transforms=(scale, cap, 1.0, 0.0))
+    )
+    plain = shard._replace(student=torch.where(z == -torch.inf, z, cap * z.tanh()))
+    grad, of_logits = torch.empty_like(z), torch.empty_like(z)
+    shards_plain.gradient(capped, totals, labels, 40, grad)
+    shards_plain.gradient(plain, totals, labels, 40, of_logits)
+    torch.testing.assert_close(grad, of_logits * scale * z.cosh() ** -2, rtol=1e-12, atol=0.0)
+    assert (grad[0, z[0] != -torch.inf] != 0).all()
 
 
 @pytest.mark.parametrize("rows_used", [1, 5])

@@ -1,7 +1,7 @@
 """Worlds of gloo processes, started once: each rank runs the function that a test names, and results return.
 
 A rank that neither answers nor fails in time is a hang, which ends the world and fails the test. It knows no loss but
-by the functions below, which run on the ranks. Next: test_parallel.py, which says what is right.
+by the functions below, which run on the ranks. Next: parallel/test_losses.py, which says what is right.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def softmax(logits: Tensor, temperature: float | Tensor, logarithm: bool) -> Ten
     """softmax(logits / temperature), or its logarithm, in the logits' dtype."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     shape, (logits_m, out_m) = geometry(logits, out)
-    check_temperature(temperature, shape[2])
+    check_temperature(temperature)
     if shape[0] * shape[1] * shape[2]:
         scalars = _Scalars(logits.device)
         with on_device_of(logits):

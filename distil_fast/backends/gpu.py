@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from distil_fast import backends
-from distil_fast.backends.layout import TEMPERATURE, raise_fault
+from distil_fast.backends.layout import raise_fault
+from distil_fast.backends.values import check_temperatures
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,11 +31,7 @@ def raise_if_checking(fault: Tensor, cols: int, mask_name: str) -> None:
             raise_fault(record, cols=cols, mask_name=mask_name)
 
 
-def check_temperature(temperature: float | Tensor, cols: int) -> None:
+def check_temperature(temperature: float | Tensor) -> None:
     """In the checking mode: raise for what a kernel without a prologue answers with nan."""
     if backends.checking() and isinstance(temperature, Tensor):
-        values = temperature.flatten().float()
-        bad = ~((values >= 1e-15) & (values <= 1e15))
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise_fault((TEMPERATURE, row, float(values[row])), cols=cols)
+        check_temperatures(temperature.flatten().float())

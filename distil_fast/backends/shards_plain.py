@@ -156,9 +156,9 @@ def _hard_gradient(rows: _Rows, total: dict[str, Tensor], labels: Tensor, smooth
 
 
 def _of_raw(grad: Tensor, rows: _Rows, scale: float, cap: float) -> Tensor:
-    """The gradient of the student as given, from that of scale x, capped."""
+    """The gradient of the student as given, from that of scale x, capped: its slope is 1 - tanh(z)^2, without the
+    subtraction, of which nothing would be left where the cap is reached."""
     if not cap:
         return grad * scale
-    masked = rows.raw == -math.inf
-    slope = 1.0 - torch.where(masked, 1.0, rows.student / cap).square()
-    return torch.where(masked, 0.0, grad * (scale * slope))
+    u = (-2.0 * (rows.raw * (scale / cap)).abs()).exp()
+    return torch.where(rows.raw == -math.inf, 0.0, grad * (scale * 4.0 * u / (1.0 + u).square()))

@@ -291,7 +291,7 @@ def softmax(logits: Tensor, temperature: Scalar, logarithm: bool) -> Tensor:
     """softmax(logits / temperature), or its logarithm, in the logits' dtype."""
     out = like_rows(logits)
     shape, (x, y) = arrange(logits.detach(), out)
-    check_temperature(temperature, shape[2])
+    check_temperature(temperature)
     number, per_row = temperature_of(temperature)
     group = group_for(logits)
     constants = {"PER_ROW": per_row, "LOGARITHM": logarithm, "VEC": group, "ALIGNED": aligned(x, y, shape, group)}

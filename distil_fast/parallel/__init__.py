@@ -227,8 +227,8 @@ def vocab_parallel_linear_distillation_loss(
     float32 (float64 for float64), statistics summed over the ranks, the gradient in the place of the student's logits,
     the matmuls of its backward; no rank holds more logits than a chunk's. Rows that no term uses are left out. The
     gradient of the hidden states is summed over the ranks (one all-reduce at the end, of float32 [used rows, H]) and is
-    the whole one on each; that of weight and bias is the rank's own. Weights in 16 bits are copied to float32 for the
-    call. Gradients are kept in float32 until backward applies grad_output, so that an fp16 loss scale comes first.
+    the whole one on each; that of weight and bias is the rank's own. Weights in 16 bits are widened by tiles, never as
+    a whole. Gradients are kept in float32 until backward applies grad_output, so that an fp16 loss scale comes first.
 
     Args:
         student_hidden: `[..., H]`; teacher_hidden: `[..., H_t]` of the same leading shape, without gradient, or None.

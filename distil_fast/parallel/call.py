@@ -13,16 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distil_fast import backends, checks, ops
-from distil_fast.backends.layout import CLASS_WEIGHT, LABEL, MASK, TEMPERATURE, raise_fault, real_dtype
+from distil_fast.backends.layout import CLASS_WEIGHT, MASK, real_dtype
 from distil_fast.backends.settings import RowSettings
 from distil_fast.backends.shards import Shard
+from distil_fast.backends.values import check_labels, check_temperatures, check_weights
 from distil_fast.options import row_options
 from distil_fast.parallel import agreement, conduct
 from distil_fast.parallel.agreement import Place
 from distil_fast.reference import LossTerms
 from distil_fast.reference_pairs import share, times
-
-NO_SHARD: dict[str, Any] = {"vocab_size": None}  # options of distillation_loss that do not exist here
 
 
 class Rows(NamedTuple):
@@ -36,6 +35,15 @@ class Rows(NamedTuple):
     hard_weight: float
     settings: RowSettings
     facts: dict[str, int]
+
+    def part(self, part: slice | Tensor) -> Rows:
+        """Some of the rows."""
+        return self._replace(
+            labels=None if self.labels is None else self.labels[part],
+            temperatures=self.temperatures[part],
+            soft_shares=self.soft_shares[part],
+            hard_shares=self.hard_shares[part],
+        )
 
     def weights(self, upstream: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
         """Of each row's gradient in both terms, times the gradient of its loss."""
@@ -79,7 +87,7 @@ def rows_of(
     mask, class_weights = options["soft_mask"], options["class_weights"]
     if isinstance(class_weights, Tensor) and class_weights.dim() == 1:
         cols = class_weights.shape[0]  # of the whole vocabulary, whose size the ranks are yet to learn
-    scalars, settings = row_options(values, cols, labels, **options, **NO_SHARD)
+    scalars, settings = row_options(values, cols, labels, **options, vocab_size=None)
     names = ("temperature", "soft_weight", "hard_weight", "soft_count", "hard_count")
     per_row = isinstance(scalars[0], Tensor) and scalars[0].dim() > 0
     numbers = [
@@ -98,7 +106,7 @@ def rows_of(
     rows = values.shape[:-1].numel()
     temperatures = torch.as_tensor(scalars[0], dtype=torch.float64, device=values.device).flatten().expand(rows)
     soft_shares = _soft_shares(values, mask, numbers, settings, soft)
-    _check(TEMPERATURE, temperatures, (soft_shares == 0) | ((temperatures >= 1e-15) & (temperatures <= 1e15)))
+    check_temperatures(temperatures, soft_shares != 0)
     if settings.t_squared:
         soft_shares = torch.where(soft_shares == 0, 0.0, soft_shares * temperatures.square())
     hard_shares = torch.zeros_like(soft_shares)
@@ -107,12 +115,6 @@ def rows_of(
         hard_shares = _hard_shares(labels, class_weights, numbers, settings)
     shares = soft_shares.contiguous(), hard_shares.contiguous()
     return Rows(labels, temperatures.contiguous(), *shares, numbers[1], numbers[2], settings, facts)
-
-
-def _check(kind: int, values: Tensor, fine: Tensor) -> None:
-    if not fine.all():
-        row = int((~fine).nonzero()[0])
-        raise_fault((kind, row, float(values[row])), cols=0)
 
 
 def _count(number: float) -> float | None:
@@ -127,7 +129,7 @@ def _soft_shares(
         return torch.zeros_like(shares)
     if mask is not None:
         shares = mask.flatten().double()
-        _check(MASK, shares, (shares >= 0) & shares.isfinite())
+        check_weights(MASK, shares)
     return share(shares, _count(numbers[3]), settings.reduction)
 
 
@@ -138,18 +140,10 @@ def _hard_shares(labels: Tensor, class_weights: Tensor | None, numbers: list[flo
         return torch.zeros_like(shares)
     if class_weights is not None:
         weights = class_weights.double()
-        _check(CLASS_WEIGHT, weights, (weights >= 0) & weights.isfinite())
+        check_weights(CLASS_WEIGHT, weights)
         check_labels(labels, valid, len(weights))
         shares = torch.where(valid, weights[torch.where(valid, labels, 0)], 0.0)
     return share(shares, _count(numbers[4]), settings.reduction)
-
-
-def check_labels(labels: Tensor, used: Tensor, vocabulary: int) -> None:
-    """Every rank has the same labels, and raises for them alike."""
-    fine = ~used | ((labels >= 0) & (labels < vocabulary))
-    if not fine.all():
-        row = int((~fine).nonzero()[0])
-        raise_fault((LABEL, row, int(labels[row])), cols=vocabulary)
 
 
 def check_vocabulary(rows: Rows, place: Place, class_weights: Tensor | None) -> None:
@@ -170,7 +164,6 @@ def loss(
     **options: Any,
 ) -> LossTerms:
     """Any loss over rows of sharded logits; `options` are distillation_loss's that exist here, every one of them."""
-
     ranks = agreement.ranks_of(group)
     with torch.no_grad():
         try:

@@ -1,7 +1,7 @@
 """Heads whose weights are sharded along the vocabulary: chunks of rows go through the matmuls, the loss, the gradient.
 
 A chunk's logits exist for that chunk alone; its gradient is written over the student's. What of the hidden states'
-gradient the ranks hold is summed once, at the end. It knows no kernel. Next: call.py, which does the rest.
+gradient the ranks hold is summed once, at the end. It knows no kernel. Next: call.py, which does the rest; heads.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distil_fast import checks, ops, products
+from distil_fast import checks, ops
 from distil_fast.backends.layout import real_dtype
+from distil_fast.heads import Gradients, Head, Wanted, places, slices, spread
 from distil_fast.parallel import agreement, conduct
 from distil_fast.parallel.agreement import Place, Ranks
 from distil_fast.parallel.call import Rows, check_vocabulary, rows_of
@@ -23,65 +24,31 @@ from distil_fast.reference import LossTerms
 CHUNK_BYTES = {"cpu": 64 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30  # a device's matmuls want a thousand rows
 
-
-class Head(NamedTuple):
-    """A model's hidden states [rows, H] and its shard of the head, [V_r, H] and [V_r]."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    def logits(self, chunk: slice) -> Tensor:
-        return products.logits(self.hidden[chunk].to(self.weight.dtype), self.weight, self.bias, wide=True)
+OfHead = tuple[Tensor | None, Tensor | None, Tensor | None]  # what belongs to hidden states, weights and bias
 
 
 class Heads(NamedTuple):
-    """Both models, of the rows that some term uses, in the precision of the sums."""
+    """Both models, of the rows that some term uses; products and gradients are in the precision of the sums."""
 
     student: Head
     teacher: Head | None
-    chunk: int  # rows
+    most: int  # rows of a chunk
 
     def chunks(self) -> Iterator[slice]:
-        rows = self.student.hidden.shape[0]
-        return (slice(start, min(start + self.chunk, rows)) for start in range(0, rows, self.chunk))
+        return slices(self.student.hidden.shape[0], self.most)
+
+    def logits(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
+        teacher = self.teacher and self.teacher.rows(chunk).logits(wide=True)
+        return self.student.rows(chunk).logits(wide=True), teacher
+
+    def gradients(self, wanted: Wanted) -> Gradients:
+        return Gradients(self.student.hidden, self.student.weight.shape[0], wanted, wide=True)
 
 
-class Gradients(NamedTuple):
-    """Of hidden states (used rows), weight and bias, None where none is wanted; in the precision of the sums."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-class Sums:
-    """The gradients while chunks are added."""
-
-    def __init__(self, head: Head, wants: tuple[bool, bool, bool]) -> None:
-        real = head.weight.dtype
-        self.head = head
-        self.hidden = torch.zeros_like(head.hidden, dtype=real) if wants[0] else None
-        self.weight = (
-            products.WeightGradient(head.weight.shape[0], head.hidden.new_empty(0, head.hidden.shape[1], dtype=real))
-            if wants[1]
-            else None
-        )
-        self.bias = torch.zeros_like(head.bias) if wants[2] and head.bias is not None else None
-
-    def add(self, chunk: slice, of_logits: Tensor) -> None:
-        head = self.head
-        if self.hidden is not None:
-            self.hidden[chunk] = products.hidden_gradient(of_logits, head.weight)
-        if self.weight is not None:
-            self.weight.add(of_logits, head.hidden[chunk].to(head.weight.dtype))
-        if self.bias is not None:
-            self.bias.add_(of_logits.sum(0))
-
-    def result(self, ranks: Ranks) -> Gradients:
-        """The gradients, that of the hidden states summed over the ranks."""
-        hidden = None if self.hidden is None else agreement.total(ranks, self.hidden)
-        return Gradients(hidden, None if self.weight is None else self.weight.sum, self.bias)
+def _summed(ranks: Ranks, gradients: Gradients) -> OfHead:
+    """The gradients, that of the hidden states summed over the ranks."""
+    hidden, weight, bias = gradients.results()
+    return None if hidden is None else agreement.total(ranks, hidden), weight, bias
 
 
 def _prepare(
@@ -89,7 +56,7 @@ def _prepare(
     teacher: tuple[Any, Any, Any] | None,
     labels: Tensor | None,
     chunk_bytes: int | None,
-    wants: tuple[bool, bool, bool],
+    wants: Wanted,
     backend: str | None,
     options: dict[str, Any],
 ) -> Rows:
@@ -105,25 +72,23 @@ def _prepare(
                 f"teacher_weight: expected this rank's rows of the head, {student[1].shape[0]} as student_weight has, "
                 f"got {teacher[1].shape[0]}. Shard both heads alike."
             )
-    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes: expected a number of bytes >= 1, or None, got {chunk_bytes!r}.")
+    checks.check_chunk_bytes(chunk_bytes)
     kinds = [None if x is None else (x.dtype, x.shape[1:]) for head in (student, teacher or ()) for x in head]
     alike = kinds, student[0].shape[-1], student[0].device.type, chunk_bytes, wants
     hidden = student[0].detach()
     return rows_of(hidden, student[1].shape[0], alike, labels, backend, teacher is not None, **options)
 
 
-def _heads(rows: Rows, used: Tensor | None, place: Place, chunk_bytes: int | None, student: Any, teacher: Any) -> Heads:
-    """Detached, unused rows gathered out, weights in the precision of the sums."""
-    real = real_dtype(student[0])
+def _heads(used: Tensor | None, place: Place, chunk_bytes: int | None, student: Any, teacher: Any) -> Heads:
+    """Detached, unused rows gathered out."""
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
-        bias = bias if bias is None else bias.detach().to(real)
-        return Head(flat if used is None else flat[used], weight.detach().to(real), bias)
+        bias = bias if bias is None else bias.detach()
+        return Head(flat if used is None else flat[used], weight.detach(), bias)
 
     budget = chunk_bytes or CHUNK_BYTES.get(student[0].device.type, CHUNK_BYTES_ELSEWHERE)
-    row_bytes = place.widest * real.itemsize * (1 if teacher is None else 2)
+    row_bytes = place.widest * real_dtype(student[0]).itemsize * (1 if teacher is None else 2)
     return Heads(head(*student), teacher and head(*teacher), max(1, budget // row_bytes))
 
 
@@ -138,37 +103,15 @@ class Call(NamedTuple):
     chunk_bytes: int | None
 
 
-def _used_rows(rows: Rows) -> tuple[Rows, Tensor | None]:
-    """The rows that some term uses, and where they are; None: everywhere."""
-    used = (rows.soft_shares != 0) | (rows.hard_shares != 0)
-    if used.all():
-        return rows, None
-    places = used.nonzero().squeeze(-1)
-    labels = None if rows.labels is None else rows.labels[places]
-    shares = rows.soft_shares[places], rows.hard_shares[places]
-    return rows._replace(
-        labels=labels, temperatures=rows.temperatures[places], soft_shares=shares[0], hard_shares=shares[1]
-    ), places
-
-
-def _chunk_rows(rows: Rows, chunk: slice) -> Rows:
-    return rows._replace(
-        labels=None if rows.labels is None else rows.labels[chunk],
-        temperatures=rows.temperatures[chunk],
-        soft_shares=rows.soft_shares[chunk],
-        hard_shares=rows.hard_shares[chunk],
-    )
-
-
-def _forward(call: Call, heads: Heads, gradients: Sums | None) -> conduct.Measured:
+def _forward(call: Call, heads: Heads, gradients: Gradients | None) -> conduct.Measured:
     """Every used row's values, chunk after chunk, and what the gradients come to."""
     parts = []
     for chunk in heads.chunks():
-        rows = _chunk_rows(call.rows, chunk)
+        rows = call.rows.part(chunk)
         count = chunk.stop - chunk.start
         try:
-            logits = heads.student.logits(chunk)
-            shard = rows.shard(logits, heads.teacher and heads.teacher.logits(chunk))
+            logits, teacher = heads.logits(chunk)
+            shard = rows.shard(logits, teacher)
             own = conduct.statistics(shard)
         except Exception as error:
             nothing = torch.zeros(count, 2, dtype=torch.float64, device=heads.student.hidden.device)
@@ -178,7 +121,7 @@ def _forward(call: Call, heads: Heads, gradients: Sums | None) -> conduct.Measur
         parts.append(found)
         if gradients is not None:
             conduct.gradient(call.place, shard, found, logits)
-            gradients.add(chunk, logits)
+            gradients.add(chunk, heads.student.rows(chunk), logits)
     return _joined(parts, call.rows)
 
 
@@ -192,23 +135,15 @@ def _joined(parts: list[conduct.Measured], rows: Rows) -> conduct.Measured:
     )
 
 
-def _backward(call: Call, heads: Heads, found: conduct.Measured, upstream: Tensor, gradients: Sums) -> None:
+def _backward(call: Call, heads: Heads, found: conduct.Measured, upstream: Tensor, gradients: Gradients) -> None:
     """The gradients of rows with upstream gradients of their own: the logits are made again."""
     for chunk in heads.chunks():
-        logits = heads.student.logits(chunk)
-        teacher = heads.teacher and heads.teacher.logits(chunk)
-        shard = _chunk_rows(call.rows, chunk).shard(logits, teacher, upstream[chunk])
+        logits, teacher = heads.logits(chunk)
+        shard = call.rows.part(chunk).shard(logits, teacher, upstream[chunk])
         labels = None if found.labels is None else found.labels[chunk]
         part = conduct.Measured(found.soft[chunk], found.hard[chunk], found.totals[chunk], labels)
         conduct.gradient(call.place, shard, part, logits)
-        gradients.add(chunk, logits)
-
-
-def _spread(values: Tensor, used: Tensor | None, rows: int) -> Tensor:
-    """Values of used rows in their places, zeros elsewhere."""
-    if used is None:
-        return values
-    return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, used, values)
+        gradients.add(chunk, heads.student.rows(chunk), logits)
 
 
 def loss(
@@ -224,27 +159,28 @@ def loss(
     """A loss over hidden states and sharded heads, (hidden, weight, bias) of each model."""
     ranks = agreement.ranks_of(group)
     recording = torch.is_grad_enabled()
-    wants = tuple(recording and isinstance(x, Tensor) and x.requires_grad for x in student)
+    wants = Wanted(*(recording and isinstance(x, Tensor) and x.requires_grad for x in student))
     kind = student[0].device.type if isinstance(student[0], Tensor) else "cpu"
     with torch.no_grad(), torch.autocast(kind, enabled=False):
         try:
-            all_rows = _prepare(student, teacher, labels, chunk_bytes, wants, backend, options)  # type: ignore[arg-type]
+            all_rows = _prepare(student, teacher, labels, chunk_bytes, wants, backend, options)
         except Exception as error:
             device = student[0].device if isinstance(student[0], Tensor) else torch.device("cpu")
             agreement.withdraw(ranks, error, 0, device)
         nothing = torch.empty(0, 2, dtype=torch.float64, device=student[0].device)
         place, _ = agreement.agree(ranks, all_rows.facts, student[1].shape[0], nothing)
         check_vocabulary(all_rows, place, options["class_weights"])
-        rows, used = _used_rows(all_rows)
+        used = places((all_rows.soft_shares != 0) | (all_rows.hard_shares != 0))
+        rows = all_rows if used is None else all_rows.part(used)
         leading = student[0].shape[:-1]
         call = Call(ranks, place, rows, used, leading, chunk_bytes)
-        heads = _heads(rows, used, place, chunk_bytes, student, teacher)
+        heads = _heads(used, place, chunk_bytes, student, teacher)
         stored = any(wants) and rows.settings.reduction != "none"
-        sums = Sums(heads.student, wants) if stored else None  # type: ignore[arg-type]
+        sums = heads.gradients(wants) if stored else None
         found = _forward(call, heads, sums)
-        gradients = None if sums is None else sums.result(ranks)
+        gradients = None if sums is None else _summed(ranks, sums)
         everywhere = found._replace(
-            soft=_spread(found.soft, used, leading.numel()), hard=_spread(found.hard, used, leading.numel())
+            soft=spread(found.soft, used, leading.numel()), hard=spread(found.hard, used, leading.numel())
         )
         terms = all_rows.reduce(everywhere, leading, real_dtype(student[0]))
     if not any(wants):
@@ -254,12 +190,12 @@ def loss(
     return LossTerms(_Recomputed.apply(*student, teacher, terms.loss, call, found), *terms[1:])
 
 
-def _as_given(gradients: Gradients, call: Call, given: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+def _as_given(gradients: OfHead, call: Call, given: tuple[Any, ...]) -> OfHead:
     """In the dtypes and shapes of hidden states, weight and bias."""
     hidden, weight, bias = gradients
     if hidden is not None:
         shape, dtype = given[0]
-        hidden = _spread(hidden.to(dtype), call.used, call.leading.numel()).view(shape)
+        hidden = spread(hidden.to(dtype), call.used, call.leading.numel()).view(shape)
     weight = weight if weight is None else weight.to(given[1][1])
     return hidden, weight, bias if bias is None else bias.to(given[2][1])
 
@@ -283,8 +219,8 @@ class _Stored(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError(ops._USED_UP)
         with torch.no_grad():
-            scaled = Gradients(*(x if x is None else x.mul_(grads[0].to(x.dtype)) for x in gradients))
-            final = _as_given(scaled, ctx.call, ctx.given)
+            hidden, weight, bias = (x if x is None else x.mul_(grads[0].to(x.dtype)) for x in gradients)
+            final = _as_given((hidden, weight, bias), ctx.call, ctx.given)
         return *(x if x is None else ops._final(x) for x in final), None, None, None
 
 
@@ -304,10 +240,10 @@ class _Recomputed(torch.autograd.Function):
         kept, call = ops._kept(ctx), ctx.call
         with torch.no_grad(), torch.autocast(kept[0].device.type, enabled=False):
             teacher = tuple(kept[3:]) if ctx.has_teacher else None
-            heads = _heads(call.rows, call.used, call.place, call.chunk_bytes, tuple(kept[:3]), teacher)
+            heads = _heads(call.used, call.place, call.chunk_bytes, tuple(kept[:3]), teacher)
             upstream = grads[0].double().flatten()
             upstream = upstream if call.used is None else upstream[call.used]
-            sums = Sums(heads.student, ctx.needs_input_grad[:3])
+            sums = heads.gradients(Wanted(*ctx.needs_input_grad[:3]))
             _backward(call, heads, ctx.found, upstream, sums)
-            final = _as_given(sums.result(call.ranks), call, ctx.given)
+            final = _as_given(_summed(call.ranks, sums), call, ctx.given)
         return *(x if x is None else ops._final(x) for x in final), None, None, None, None

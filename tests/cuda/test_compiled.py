@@ -112,6 +112,7 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return dict(zip(names, FUNCTION.split(listing)[2::2], strict=True))
 
 
+@pytest.mark.slow
 def test_rows_are_held_in_clusters_by_bulk_copies(instructions: dict[str, str]) -> None:
     kept = {name: code for name, code in instructions.items() if "4KindE0E" in name}
     assert len(kept) == 9

@@ -69,6 +69,7 @@ def test_a_term_of_weight_zero_is_not_read() -> None:
 
 
 # Whose masked columns make a divergence infinite.
+MASKED = ("both", "teacher", "student")
 INFINITE = {"forward_kl": "student", "soft_cross_entropy": "student", "reverse_kl": "teacher"}
 
 
@@ -76,11 +77,14 @@ def masked(values: Tensor, columns: Tensor) -> Tensor:
     return values.masked_fill(columns, -INF)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("who", ["both", "teacher", "student"])
+@pytest.mark.parametrize("who", MASKED)
 @pytest.mark.parametrize("divergence", oracle.DIVERGENCES)
-def test_masked_columns(divergence: str, who: str, dtype: torch.dtype) -> None:
-    """-inf in both: 0, gradient 0. In one: finite, or an infinite loss with or without a gradient (docs/math.md, 4)."""
+def test_masked_columns(divergence: str, who: str) -> None:
+    """-inf in both: 0, gradient 0. In one: finite, or an infinite loss with or without a gradient (docs/math.md, 4).
+
+    Dtypes take turns: each with every divergence, and with every model.
+    """
+    dtype = HALVES[(list(oracle.DIVERGENCES).index(divergence) + MASKED.index(who)) % 3]
     student, teacher = logits(2, 101, dtype)
     columns = torch.arange(101) % 3 == 0
     settings = {"divergence": oracle.DIVERGENCES[divergence], "reduction": "sum", "t_squared": False}

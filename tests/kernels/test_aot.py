@@ -63,10 +63,11 @@ def targets(slow: bool) -> Any:
     return pytest.mark.parametrize("target", [pytest.param(name, marks=marks[name]) for name in TARGETS])
 
 
-@targets(slow=False)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_row_kernel(divergence: str, target: str) -> None:
-    check_rows(target, (BF16, BF16), divergence, (0.5, 0.5), "fresh")
+def test_row_kernel(divergence: str) -> None:
+    """For NVIDIA each, for AMD every third; test_row_kernel_of_every_kind, which is slow, has them all."""
+    for target in FIRST if list(DIVERGENCES).index(divergence) % 3 == 0 else FIRST[:1]:
+        check_rows(target, (BF16, BF16), divergence, (0.5, 0.5), "fresh")
 
 
 # What the row kernel is compiled for besides: logits that are made from others.
