@@ -58,6 +58,8 @@ class MaskedLMObjective(Objective):
     at the latest to the device of a batch. Everything that reads a parameter does so inside `forward`, as
     DistributedDataParallel and FSDP require. With alpha_ce and alpha_mlm both 0 the student's head gets no gradient.
 
+    Nothing waits for a GPU, but for the fused head where it needs the masked tokens alone: it asks how many count.
+
     Args:
         student: masked language model of a family in architectures.py; its mode (dropout) is the caller's.
         teacher: likewise, of the same vocabulary; set to evaluation mode and to need no gradient.
