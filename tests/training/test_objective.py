@@ -364,7 +364,10 @@ def test_auto_is_whole_where_logits_are_small_and_exact() -> None:
     assert_same(run(auto, batch), expected(auto, batch), 2e-4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_encoders_compute_the_same(backend: str) -> None:
     module, batch = MaskedLMObjective(*models("bert"), replace(LOSS, layers=[(1, 2), (-1, -1)])), make_batch("bert")
     names = set(module.state_dict())
