@@ -90,8 +90,11 @@ class Made(NamedTuple):
     unit: Scalar
 
 
-def chunked_loss(rows: Rows, terms: Terms, wanted: Wanted, *, wide: bool = True, chunk_bytes: int = 0) -> Made:
-    """The loss and the wanted gradients. wide: half-precision heads give float32 logits; chunk_bytes 0: by the device.
+def chunked_loss(
+    rows: Rows, terms: Terms, wanted: Wanted, *, wide: bool = True, chunk_bytes: int = 0, gather: bool = True
+) -> Made:
+    """The loss and the wanted gradients. wide: half-precision heads give float32 logits; chunk_bytes 0: by the device;
+    gather: rows that no term uses are left out.
 
     Raises:
         ValueError: a label, token weight or temperature at fault, before any product is made (on a GPU: in the
@@ -102,7 +105,7 @@ def chunked_loss(rows: Rows, terms: Terms, wanted: Wanted, *, wide: bool = True,
     if not rows.values.is_cuda or backends.checking():
         _check(rows, labelled)
     terms = _counted(rows, labelled, terms)
-    index = places(_used(rows, labelled))
+    index = places(_used(rows, labelled)) if gather else None
     busy = rows if index is None else rows.part(index)
     loop = _Loop(busy, terms, wanted, wide)
     for part in slices(busy.values.shape[0], _most_rows(busy, wide, chunk_bytes)):

@@ -56,6 +56,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     precision: str = "exact",
     chunk_bytes: int | None = None,
+    gather: bool = True,
     backend: str | None = None,
 ) -> LossTerms:
     """`distillation_loss` of logits that are never whole in memory: hidden states times heads, chunk by chunk.
@@ -68,7 +69,8 @@ def linear_distillation_loss(
 
     On a GPU leaving rows out costs one synchronisation, to learn how many are left. A call with a teacher and without
     `soft_mask`, where every row counts, has none: who knows the rows that count passes them alone, `hidden[rows]` of
-    both models and `labels[rows]`, of which some may still be `ignore_index`. With labels alone there always is one.
+    both models and `labels[rows]`, of which some may still be `ignore_index`. With `gather=False` there is none either:
+    for rows nearly all of which count, but not surely all.
 
     Args:
         student_hidden: `[..., H]`, float32, float16, bfloat16 or float64. Under autocast it is cast as a linear layer
@@ -85,6 +87,8 @@ def linear_distillation_loss(
             dtype (float16 on a CPU excepted).
         chunk_bytes: memory for both models' logits of a chunk. None: 32 MiB, and 128 rows at least, on a
             CPU; 1024 rows on a GPU.
+        gather: leave out the rows that no term uses. False: they take part in the products with weight 0, and must be
+            finite; nothing waits for a GPU.
 
         The others are those of `distillation_loss`; there is no `inplace`. With reduction "none" backward makes the
         chunks again.
@@ -122,6 +126,7 @@ def linear_distillation_loss(
         },
         precision,
         chunk_bytes,
+        gather,
         backend,
     )
 
@@ -147,6 +152,7 @@ def linear_divergence_loss(
     reduction: str = "mean",
     precision: str = "exact",
     chunk_bytes: int | None = None,
+    gather: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """`divergence_loss` of logits that are never whole in memory; arguments as in `linear_distillation_loss`.
@@ -175,7 +181,7 @@ def linear_divergence_loss(
     if teacher_hidden is None:
         raise TypeError("teacher_hidden: expected a tensor or another form of teacher, got None.")
     student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
-    how = precision, chunk_bytes, backend
+    how = precision, chunk_bytes, gather, backend
     return _linear_loss("linear_divergence_loss", student, teacher, None, options, *how).loss
 
 
@@ -196,6 +202,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     precision: str = "exact",
     chunk_bytes: int | None = None,
+    gather: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """`cross_entropy` of logits that are never whole in memory; arguments as in `linear_distillation_loss`.
@@ -220,7 +227,7 @@ def linear_cross_entropy(
         student_softcap=softcap,
         vocab_size=vocab_size,
     )
-    student, how = (hidden, weight, bias), (precision, chunk_bytes, backend)
+    student, how = (hidden, weight, bias), (precision, chunk_bytes, gather, backend)
     return _linear_loss("linear_cross_entropy", student, (None, None, None), labels, options, *how).loss
 
 
@@ -235,7 +242,7 @@ def hidden_teacher_loss(
         logits = reference.head_logits(teacher.hidden, teacher.weight, teacher.bias)
         return reference.distillation_loss(student_logits, logits, labels, **options)
     head = teacher.weight, teacher.bias
-    return _call(student_logits, (None, None), teacher, head, labels, options, True, 0, chosen)
+    return _call(student_logits, (None, None), teacher, head, labels, options, True, 0, True, chosen)
 
 
 # ------------------------------------------------------------------------------------------------ the call
@@ -249,6 +256,7 @@ def _linear_loss(
     options: dict[str, Any],
     precision: str,
     chunk_bytes: int | None,
+    gather: bool,
     backend: str | None,
 ) -> LossTerms:
     """Any of the losses above; `options` are distillation_loss's, every one of them."""
@@ -268,6 +276,8 @@ def _linear_loss(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}.")
     size = checks.check_chunk_bytes(chunk_bytes)
+    if not isinstance(gather, bool):
+        raise TypeError(f"gather: expected True or False, got {type(gather).__name__}.")
     hidden = _in_autocast(hidden)
     chosen = backends.for_call(hidden, name, backend)
     if chosen == "reference":
@@ -275,7 +285,7 @@ def _linear_loss(
     if isinstance(given, Tensor) and teacher_weight is not None:
         given = _in_autocast(given)
     heads = (weight, bias), given, (teacher_weight, teacher_bias)
-    return _call(hidden, *heads, labels, options, precision == EXACT, size, chosen)
+    return _call(hidden, *heads, labels, options, precision == EXACT, size, gather, chosen)
 
 
 def _by_reference(
@@ -320,6 +330,7 @@ def _call(
     options: dict[str, Any],
     wide: bool,
     chunk_bytes: int,
+    gather: bool,
     backend: str,
 ) -> LossTerms:
     """A loss of checked tensors by a backend with kernels; `student` are logits where it has no head."""
@@ -342,6 +353,7 @@ def _call(
             as_divergence(options["divergence"]).shift,
             wide,
             chunk_bytes,
+            gather,
         ),
     )
     shape = student.shape[:-1] if settings.reduction == "none" else ()

@@ -38,6 +38,7 @@ class LinearDistillationLoss(LabelLossModule):
         reduction: str = "mean",
         precision: str = "exact",
         chunk_bytes: int | None = None,
+        gather: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -58,6 +59,7 @@ class LinearDistillationLoss(LabelLossModule):
             reduction=reduction,
             precision=precision,
             chunk_bytes=chunk_bytes,
+            gather=gather,
             backend=backend,
         )
 
@@ -99,6 +101,7 @@ class LinearDivergenceLoss(LossModule):
         reduction: str = "mean",
         precision: str = "exact",
         chunk_bytes: int | None = None,
+        gather: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -113,6 +116,7 @@ class LinearDivergenceLoss(LossModule):
             reduction=reduction,
             precision=precision,
             chunk_bytes=chunk_bytes,
+            gather=gather,
             backend=backend,
         )
 
@@ -151,6 +155,7 @@ class LinearCrossEntropyLoss(LabelLossModule):
         reduction: str = "mean",
         precision: str = "exact",
         chunk_bytes: int | None = None,
+        gather: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -164,6 +169,7 @@ class LinearCrossEntropyLoss(LabelLossModule):
             reduction=reduction,
             precision=precision,
             chunk_bytes=chunk_bytes,
+            gather=gather,
             backend=backend,
         )
 

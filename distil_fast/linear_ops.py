@@ -24,7 +24,7 @@ _ARGS = (
     "Tensor student, Tensor? weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? ids, Tensor? labels, Tensor? soft_mask, Tensor? class_weights, Tensor? temperature, Tensor? soft_weight, "
     f"Tensor? hard_weight, Tensor? soft_count, Tensor? hard_count, float[] numbers, {SCHEMA}, str tail, float shift, "
-    "bool wide, int chunk_bytes, bool[] wanted"
+    "bool wide, int chunk_bytes, bool gather, bool[] wanted"
 )
 _lib.define(f"chunked_loss(Tensor? upstream, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 _TENSORS = 15  # of _ARGS, before `numbers`
@@ -35,7 +35,7 @@ def _compute(upstream: Tensor | None, *args: Any) -> Made:
     """chunked_loss from the schema's arguments."""
     student, weight, bias, teacher, teacher_weight, teacher_bias, ids, labels, soft_mask, class_weights = args[:10]
     numbers, settings = args[_TENSORS], RowSettings(*args[_TENSORS + 1 : _TENSORS + 1 + _SETTINGS])
-    tail, shift, wide, chunk_bytes, wanted = args[_TENSORS + 1 + _SETTINGS :]
+    tail, shift, wide, chunk_bytes, gather, wanted = args[_TENSORS + 1 + _SETTINGS :]
     temperature, soft_weight, hard_weight, *counts = ops._paired(args[10:_TENSORS], numbers)
     source: Head | Given | None = None
     if teacher is not None:
@@ -44,7 +44,7 @@ def _compute(upstream: Tensor | None, *args: Any) -> Made:
         student if weight is None else Head(student, weight, bias), source, labels, soft_mask, temperature, upstream
     )
     terms = Terms(class_weights, soft_weight, hard_weight, counts[0], counts[1], settings, tail, shift)
-    return chunked_loss(rows, terms, Wanted(*wanted), wide=wide, chunk_bytes=chunk_bytes)
+    return chunked_loss(rows, terms, Wanted(*wanted), wide=wide, chunk_bytes=chunk_bytes, gather=gather)
 
 
 def _op(upstream: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -162,7 +162,8 @@ def chunked(
     settings: RowSettings,
     how: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and terms of `[rows, ...]`. teacher: values, weights, bias, ids; how: tail, shift, wide, chunk_bytes."""
+    """Loss and terms of `[rows, ...]`. teacher: values, weights, bias, ids; how: tail, shift, wide, chunk_bytes,
+    gather."""
     tensors, numbers = ops._split(scalars)
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (student, weight, bias))

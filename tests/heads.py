@@ -85,9 +85,9 @@ def off(actual: Tensor, expected: Tensor) -> float:
 
 
 def check(heads: Heads, bound: float, **how: Any) -> Any:
-    """Values and gradients against the truth; chunk_bytes and precision are ours alone."""
+    """Values and gradients against the truth; chunk_bytes, precision and gather are ours alone."""
     ours = heads.loss(**how)
-    settings = {k: v for k, v in how.items() if k not in ("chunk_bytes", "precision", "backend")}
+    settings = {k: v for k, v in how.items() if k not in ("chunk_bytes", "precision", "gather", "backend")}
     exact = heads.exact()
     truth = exact.loss(reference, **{"labels": exact.labels, **settings})
     for name in ("loss", "soft", "hard"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import distil_fast
-from distil_fast import Hidden, LogProbs, Probs, reference
+from distil_fast import Hidden, LogProbs, Probs, chunks, reference
 from tests.calls import there
 from tests.heads import BOUND, DTYPES, ROWS, Heads, V, check, make, off
 
@@ -57,6 +57,18 @@ def test_options(dtype: torch.dtype, name: str, reduction: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype: torch.dtype, reduction: str, chunk_bytes: int | None) -> None:
     check(make(dtype), BOUND[dtype], reduction=reduction, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["plain", "all rows", "no labels", "soft off", "class weights"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_nothing_uses_may_stay(
+    dtype: torch.dtype, name: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weight 0; then nothing asks where the others are, which would wait for a GPU."""
+    monkeypatch.setattr(chunks, "places", lambda used: pytest.fail("asked"))
+    heads = make(dtype)
+    check(heads, BOUND[dtype], reduction=reduction, chunk_bytes=8 * V * 5, gather=False, **options(name, heads))
 
 
 def test_leading_dimensions_are_rows() -> None:

@@ -118,7 +118,20 @@ def test_opcheck() -> None:
     vectors = None, heads.labels, heads.mask, None
     numbers = [2.0, 1.0, 1.0, -1.0, -1.0]
     tensors = (x.detach() for x in heads[:6])
-    args = (None, *tensors, *vectors, *(None,) * 5, numbers, *settings, "", 1.0, True, 8 * V * 2, [True, True, True])
+    args = (
+        None,
+        *tensors,
+        *vectors,
+        *(None,) * 5,
+        numbers,
+        *settings,
+        "",
+        1.0,
+        True,
+        8 * V * 2,
+        True,
+        [True, True, True],
+    )
     torch.library.opcheck(torch.ops.distil_fast.chunked_loss.default, args)
 
 
@@ -201,6 +214,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "precision": ({"precision": "bf16"}, ValueError, "precision: expected one of exact, fast"),
     "chunk": ({"chunk_bytes": 0}, ValueError, "chunk_bytes"),
     "chunk's type": ({"chunk_bytes": 1.5}, TypeError, "chunk_bytes"),
+    "gather": ({"gather": 1}, TypeError, "gather: expected True or False"),
 }
 
 

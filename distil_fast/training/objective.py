@@ -36,6 +36,7 @@ class _Rows(NamedTuple):
     positions: Tensor | None
     labels: Tensor | None
     soft_mask: Tensor | None
+    gather: bool  # whether only some of them count, so that finding those is worth waiting for a GPU
 
     def of(self, hidden: Tensor) -> Tensor:
         flat = hidden.flatten(0, 1)
@@ -57,6 +58,9 @@ class MaskedLMObjective(Objective):
     The teacher is no submodule: not trained, wrapped, saved, or put into training mode. It moves with the module, and
     at the latest to the device of a batch. Everything that reads a parameter does so inside `forward`, as
     DistributedDataParallel and FSDP require. With alpha_ce and alpha_mlm both 0 the student's head gets no gradient.
+
+    Nothing waits for a GPU, with one exception: where the heads need the masked tokens alone and a batch does not say
+    where they are (`masked` is None), the fused head asks how many.
 
     Args:
         student: masked language model of a family in architectures.py; its mode (dropout) is the caller's.
@@ -157,7 +161,7 @@ class MaskedLMObjective(Objective):
         else:
             labels, chosen = batch.labels.flatten().index_select(0, positions), positions
         soft_mask = labels != IGNORED if config.alpha_ce and not everywhere else None
-        return _Rows(chosen, labels if config.alpha_mlm else None, soft_mask)
+        return _Rows(chosen, labels if config.alpha_mlm else None, soft_mask, positions is not batch.masked)
 
     def _teach(self, batch: MaskedBatch, rows: _Rows) -> tuple[Mapping[int, Tensor], Tensor | None]:
         """The teacher's hidden states and, for the KL, what its decoder gets at the rows."""
@@ -192,7 +196,8 @@ class MaskedLMObjective(Objective):
         if rows.labels is not None:
             options |= {"hard_weight": config.alpha_mlm, "hard_count": counts[1]}
         if self._fused(student, weight):
-            options |= {"student_bias": bias, "teacher_bias": bias_t, "precision": config.head_precision}
+            options |= {"student_bias": bias, "teacher_bias": bias_t}
+            options |= {"precision": config.head_precision, "gather": rows.gather}
             if not self._teacher_autocast:
                 student = _as_in_autocast(student)
             with self._teacher_context(student.device.type):

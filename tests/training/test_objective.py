@@ -331,6 +331,22 @@ def test_a_step_asks_the_device_for_nothing(family: str, positions: str, head: s
     assert {"pair_loss", "chunked_loss" if head == "fused" else "row_loss"} <= set(watch.losses)
 
 
+def test_the_heads_ask_where_the_rows_are_only_if_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    function, asked = objective_module.linear_distillation_loss, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.append(options["gather"] and (options["soft_mask"] is not None or args[2] is None))
+        return function(*args, **options)
+
+    monkeypatch.setattr(objective_module, "linear_distillation_loss", spy)
+    batch = make_batch("bert", surplus=1)
+    for positions, alpha_ce in (("all", 5.0), ("masked", 5.0), ("masked", 0.0)):
+        module = MaskedLMObjective(*models("bert"), replace(LOSS, positions=positions, alpha_ce=alpha_ce))  # type: ignore[arg-type]
+        run(module, batch)
+        run(module, batch._replace(masked=None))
+    assert asked == [False, False, False, True, False, True]
+
+
 def test_auto_is_whole_where_logits_are_small_and_exact() -> None:
     student, teacher = models("bert")
     module = MaskedLMObjective(student, teacher, LossConfig())
@@ -348,7 +364,10 @@ def test_auto_is_whole_where_logits_are_small_and_exact() -> None:
     assert_same(run(auto, batch), expected(auto, batch), 2e-4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_encoders_compute_the_same(backend: str) -> None:
     module, batch = MaskedLMObjective(*models("bert"), replace(LOSS, layers=[(1, 2), (-1, -1)])), make_batch("bert")
     names = set(module.state_dict())
