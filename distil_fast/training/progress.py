@@ -24,7 +24,7 @@ class Progress(NamedTuple):
     steps: int  # in the whole run
     terms: Mapping[str, float]  # the loss and its terms before their weights, by name
     tokens_per_second: float  # real ones, of all ranks
-    eta_seconds: float
+    seconds_left: float
     learning_rate: float
     gradient_norm: float  # before clipping
     skipped: int = 0  # updates left out because of a loss that was not finite
@@ -68,7 +68,7 @@ class Display:
             bar,
             f"{progress.step:,} / {progress.steps:,}",
             f"{progress.step / max(progress.steps, 1):.0%}",
-            f"{duration(progress.eta_seconds)} left" if progress.step < progress.steps else "done",
+            f"{duration(progress.seconds_left)} left" if progress.step < progress.steps else "done",
         )
         numbers = Table.grid(padding=(0, 2))
         cells = {name: f"{value:.4g}" for name, value in progress.terms.items()} | _rates(progress)
@@ -92,7 +92,7 @@ def in_words(progress: Progress) -> str:
     """One line, for logs."""
     terms = " ".join(f"{name} {value:.4g}" for name, value in progress.terms.items())
     rates = " ".join(f"{name} {value}" for name, value in _rates(progress).items())
-    return f"step {progress.step:,} of {progress.steps:,}, {terms}, {rates}, {duration(progress.eta_seconds)} left"
+    return f"step {progress.step:,} of {progress.steps:,}, {terms}, {rates}, {duration(progress.seconds_left)} left"
 
 
 def duration(seconds: float) -> str:
