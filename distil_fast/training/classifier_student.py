@@ -67,7 +67,7 @@ def _distilbert(teacher: BertForSequenceClassification, layers: Sequence[int]) -
         "seq_classif_dropout": teacher.config.classifier_dropout or teacher.config.hidden_dropout_prob,
     }
     student = DistilBertForSequenceClassification(DistilBertConfig(**settings))
-    student.distilbert.load_state_dict(half.distilbert.state_dict())
+    student.distilbert.load_state_dict(half.base_model.state_dict())
     assert teacher.bert.pooler is not None  # as in every classifier
     student.pre_classifier.load_state_dict(teacher.bert.pooler.dense.state_dict())
     student.classifier.load_state_dict(teacher.classifier.state_dict())
