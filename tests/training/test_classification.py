@@ -206,6 +206,25 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         ClassificationObjective(**arguments)
 
 
+def test_a_student_learns_its_teachers_distribution() -> None:
+    """On batches without any label, so that the teacher alone can have taught it."""
+    teacher = classifier()
+    student = classifier_student(teacher)
+    objective = ClassificationObjective(student, teacher, LossConfig())
+    optimizer = torch.optim.AdamW(student.parameters(), 5e-3)
+    values = []
+    for step in range(60):
+        batch = batch_of(16, seed=step % 2)._replace(labels=None)
+        loss, terms = objective(batch, objective.counts(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(terms)
+    first, last = values[0], values[-1]
+    assert last[0] < 0.05 * first[0]
+    assert last[2] < 0.2 * first[2]
+
+
 # ------------------------------------------------------------------------------------------------ students
 
 

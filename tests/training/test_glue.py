@@ -254,6 +254,7 @@ def test_a_task_is_learnt_and_retention_shows_what_a_student_cannot(folders: dic
     assert "480 examples, 200 held out" in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_the_best_learning_rate_is_taken_and_every_run_told(folders: dict[str, Path]) -> None:
     config = config_of(folders["root"], epochs=2, batch_size=16, seeds=[1, 2], learning_rates=[1e-8, 3e-3])
     data = read_tasks(config)[0]
