@@ -53,7 +53,15 @@ def wrap(objective: nn.Module, accelerator: Accelerator, parallel: str) -> nn.Mo
 
     Under FSDP2 it is one unit: tied weights would stand in two otherwise, and the heads' weights are used by losses
     outside of their modules' forward. A student is small; what is shared out are its moments and gradients.
+
+    Raises:
+        InputError: an accelerator with a precision of its own, on top of the configuration's.
     """
+    if accelerator.mixed_precision != "no":
+        raise InputError(
+            f"accelerator: expected mixed_precision 'no', as make_accelerator has it, got "
+            f"{accelerator.mixed_precision!r}. The precision is the configuration's."
+        )
     objective.to(accelerator.device)
     if accelerator.num_processes == 1:
         return objective

@@ -28,7 +28,7 @@ class NonFiniteLoss(FloatingPointError):  # noqa: N818
     def __init__(self, step: int, terms: dict[str, float], feed: dict[str, Any], checkpoint: Path | None) -> None:
         self.step, self.terms, self.feed, self.checkpoint = step, terms, feed, checkpoint
         values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        place = ", ".join(f"{name} {value}" for name, value in feed.items())
+        place = ", ".join(f"{name} {value}" for name, value in feed.items() if isinstance(value, int | float | str))
         kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         super().__init__(
             f"The loss or gradient of optimiser step {step + 1} is not finite ({values}). Its batches come after "

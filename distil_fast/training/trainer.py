@@ -153,7 +153,10 @@ class Trainer:
                 self.meter.restart_clock()
 
     def step(self, index: int) -> None:
-        """Optimiser step number `index`, counted from 0, which asks the device for nothing; `fit` is these, in turn."""
+        """Optimiser step number `index`, counted from 0, which asks the device for nothing; `fit` is these, in turn.
+
+        At most `log_interval` of them have room before their losses are read.
+        """
         self.feeds.append(self.feed.state_dict())
         batches = [next(self.feed) for _ in range(self.config.accumulation_steps)]
         tokens = sum(batch.tokens.numel() for batch in batches)

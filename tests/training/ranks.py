@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 PATIENCE = 100.0  # seconds for one answer
 
@@ -106,6 +107,7 @@ def train(output: Path, parallel: str, batches: Any, changes: dict[str, Any]) ->
             report=reports.append,
             save_student=lambda path: (saved.append(path), torch.save(objective.student.state_dict(), path))[0],
         )
+        reductions = _counted(trainer.model)
         sharded = {type(p).__name__ for p in objective.parameters()}
         history = trainer.fit()
     return {
@@ -117,7 +119,27 @@ def train(output: Path, parallel: str, batches: Any, changes: dict[str, Any]) ->
         "saved": len(saved),
         "words": words.getvalue(),
         "sharded": sharded,
+        "reductions": reductions[0],
     }
+
+
+def _counted(model: Any) -> list[int]:
+    """A count, to come, of the buckets of gradients that the ranks exchange."""
+    count = [0]
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+
+        def hook(group, bucket):  # type: ignore[no-untyped-def]  # DDP looks at annotations
+            count[0] += 1
+            return allreduce_hook(group, bucket)
+
+        model.register_comm_hook(None, hook)
+    else:
+
+        def reduced(gradients: torch.Tensor) -> None:  # called after the reduce-scatter
+            count[0] += 1
+
+        model.set_all_reduce_hook(reduced)
+    return count
 
 
 def train_to_a_fault(output: Path, parallel: str, batches: Any, changes: dict[str, Any], bad: int) -> Any:

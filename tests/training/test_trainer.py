@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,6 +307,12 @@ def test_trackers_get_the_losses(tmp_path: Path) -> None:
 def test_an_unknown_tracker_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such tracker"):
         trainer(tmp_path, trackers=["no such tracker"])
+
+
+def test_an_accelerator_with_another_precision_is_refused(tmp_path: Path) -> None:
+    accelerator: Any = SimpleNamespace(mixed_precision="bf16", device=torch.device("cpu"))
+    with pytest.raises(InputError, match="expected mixed_precision 'no'"):
+        Trainer(ToyObjective(), ToyFeed(), ToyMasking(), toy_config(tmp_path), accelerator=accelerator)
 
 
 @pytest.mark.parametrize("name", ["steps", "log_interval", "accumulation_steps"])
