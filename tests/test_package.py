@@ -72,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "training": PUBLIC,
     "integrations": PUBLIC,
-    "bench": PUBLIC | {"_C", "backends"},  # which name what serves, and choose another to measure it
+    "bench": PUBLIC | {"_C", "backends", "training"},  # which name what serves, and choose another to measure it
     "cli": {"bench", "training"},
 }
 
@@ -82,7 +82,7 @@ NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "training": RUNTIME | {"transformers", "safetensors", "rich", "matplotlib"},
     "integrations": RUNTIME | {"transformers"},
-    "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel"},
+    "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel", "transformers"},
     "cli": {"rich"},
 }
 

@@ -1,12 +1,13 @@
 """The benchmark: `distil-fast bench loss`, or `python -m benchmarks loss` in a checkout.
 
-This file knows the options alone; what they ask for is imported when it runs. Next: cases.py for what is measured,
-suite.py for how.
+This file knows the options alone; what they ask for is imported when it runs. Next: cases.py and train_cases.py
+for what is measured, suite.py and train.py for how.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("linear", "the fused heads against eager and compiled torch, Liger, and their matrix products alone"),
         ("gpu", "the losses on a GPU, beside eager and compiled torch, Liger, and a copy of memory"),
         ("overhead", "the cost of a call, on tensors so small that nothing else counts"),
+        ("train", "whole training steps beside the original DistilBERT trainer's and modern PyTorch's"),
+        ("train-gpu", "the same on a GPU, at the shape of BERT-base and DistilBERT"),
+        ("encoders", "parameters and latency of BERT-base and DistilBERT"),
     ):
         suite = commands.add_parser(name, help=text, description=text)
         suite.add_argument("--quick", action="store_true", help="the main cases only, with fewer samples")
@@ -77,21 +81,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measured(arguments: argparse.Namespace, console: Console) -> Results:
     """Runs the suite that was asked for."""
-    from distil_fast.bench import cases, measure, suite
+    from distil_fast.bench import cases, measure, suite, train_cases
 
-    chosen = cases.select(cases.SUITES[arguments.suite], quick=arguments.quick, containing=arguments.filter)
-    if not chosen:
-        raise SystemExit(f"bench {arguments.suite}: no case's name contains {arguments.filter!r}.")
-    with_memory = arguments.suite == "loss" and not arguments.quick and not arguments.filter
+    def select(table: Sequence[cases.AnyCase]) -> list[cases.AnyCase]:
+        chosen = cases.select(table, quick=arguments.quick, containing=arguments.filter)
+        if not chosen:
+            raise SystemExit(f"bench {arguments.suite}: no case's name contains {arguments.filter!r}.")
+        return chosen
+
+    effort = measure.QUICK if arguments.quick else measure.FULL
     with console.status("starting") as status:
-        return suite.run(
-            chosen,
-            cases.MEMORY if with_memory else (),
-            measure.QUICK if arguments.quick else measure.FULL,
-            processes=arguments.processes,
-            command=_command(arguments),
-            note=status.update,
-        )
+        how = {"processes": arguments.processes, "command": _command(arguments), "note": status.update}
+        if arguments.suite == "encoders":
+            from distil_fast.bench import encoders
+
+            return encoders.run(select(train_cases.ENCODERS), effort, **how)
+        if arguments.suite in train_cases.SUITES:
+            from distil_fast.bench import train
+
+            return train.run(select(train_cases.SUITES[arguments.suite]), effort, **how)
+        with_memory = arguments.suite == "loss" and not arguments.quick and not arguments.filter
+        memory = cases.MEMORY if with_memory else ()
+        return suite.run(select(cases.SUITES[arguments.suite]), memory, effort, **how)
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -157,7 +157,19 @@ SUITES: dict[str, tuple[Case, ...]] = {
 }
 
 
-def select(cases: Sequence[Case], *, quick: bool = False, containing: str = "") -> list[Case]:
+class Selectable(Protocol):
+    """What every case has, of a loss or of training."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def quick(self) -> bool: ...
+
+
+AnyCase = TypeVar("AnyCase", bound=Selectable)
+
+
+def select(cases: Sequence[AnyCase], *, quick: bool = False, containing: str = "") -> list[AnyCase]:
     """The cases of the quick run, or all, whose name contains a text."""
     return [case for case in cases if (case.quick or not quick) and containing in case.name]
 

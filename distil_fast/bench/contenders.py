@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,6 +25,8 @@ BEST_INSTRUCTION_SET = _C.instruction_set()
 ABSENT = "not available"  # how the reason begins where the machine lacks something
 WARM_UP_CALLS = 3  # before a graph is captured, as torch's notes on graphs advise
 MORE_THAN_CASES = 64  # compilations of one formula, for as many dtypes and layouts as a group has
+
+Compiled = TypeVar("Compiled", bound="Callable[..., Any]")
 
 
 class UnavailableError(Exception):
@@ -118,9 +121,10 @@ def _in_float32(formula: Function) -> Function:
     return upcast
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Compiled) -> Compiled:
+    """torch.compile with static shapes, for as many of them as a group has."""
     torch._dynamo.config.recompile_limit = MORE_THAN_CASES
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return cast(Compiled, torch.compile(function, fullgraph=True, dynamic=False))
 
 
 def _liger(problem: Problem, case: Case) -> Function:
@@ -159,10 +163,10 @@ def _liger_linear(problem: LinearKLAndCrossEntropy) -> Function:
 FUNCTIONS: dict[str, Callable[[Problem], Function]] = {
     "eager": lambda problem: problem.formula,
     "eager float32": lambda problem: _in_float32(problem.formula),
-    "compiled": lambda problem: _compiled(problem.formula),
-    "compiled float32": lambda problem: _compiled(_in_float32(problem.formula)),
+    "compiled": lambda problem: compiled(problem.formula),
+    "compiled float32": lambda problem: compiled(_in_float32(problem.formula)),
     "ours": lambda problem: problem.ours,
-    "ours compiled": lambda problem: _compiled(problem.ours),
+    "ours compiled": lambda problem: compiled(problem.ours),
 }
 
 

@@ -48,13 +48,26 @@ def peak_extra_bytes(case: Case, names: tuple[str, ...]) -> dict[str, int]:
     """
     if not CLEAR_REFS.exists():
         return {}
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(
-            M_MMAP_THRESHOLD, MAPPED
-        )  # by default it keeps some of what is freed, depending on what came before
+    give_back_what_is_freed()
     problem = problems.make(case)
     return {name: _peak_extra(name, case, problem) for name in names}
+
+
+def give_back_what_is_freed() -> None:
+    """Makes the C library do so; by default it keeps some, depending on what came before."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """The most bytes that were resident during a call, beyond what was before it. Needs `CLEAR_REFS`."""
+    CLEAR_REFS.write_text(RESET_PEAK)
+    before = _peak()
+    result = function()
+    peak = _peak() - before
+    del result
+    return peak
 
 
 def _peak_extra(name: str, case: Case, problem: Problem) -> int:
@@ -66,10 +79,7 @@ def _peak_extra(name: str, case: Case, problem: Problem) -> int:
     else:
         _call_once_small(name, case)
     contender.prepare()
-    CLEAR_REFS.write_text(RESET_PEAK)
-    before = _peak()
-    contender.call()
-    return _peak() - before
+    return peak_of(contender.call)
 
 
 def _peak() -> int:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from distil_fast.bench.cases import LOSS
 from distil_fast.bench.contenders import family
-from distil_fast.bench.report import number
 from distil_fast.bench.results import Results, Row
+from distil_fast.bench.tables import number
 
 COLOURS = {"eager": "#b8bcc4", "compiled": "#7d8694", "ours": "#0b6e69"}
 LABELS = {"eager": "PyTorch", "compiled": "torch.compile", "ours": "distil_fast"}

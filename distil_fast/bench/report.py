@@ -1,6 +1,7 @@
 """What a run found, as tables, for the terminal or in Markdown.
 
-It measures nothing. Next: results.py, whose numbers these are; plot.py for the picture.
+It measures nothing. Next: results.py, whose numbers these are; plot.py for the picture;
+train_report.py for training steps.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distil_fast.bench import targets
+from distil_fast.bench import targets, train_report
 from distil_fast.bench.cases import PRODUCTS
 from distil_fast.bench.correctness import Errors
 from distil_fast.bench.results import Results, Row
+from distil_fast.bench.tables import MIB, empty, number
 
-MIB = 1 << 20
 STEADY = 0.85  # of the fastest copy
 WIDE = 240  # so that no cell is cut where no terminal limits the line
 
@@ -39,7 +40,8 @@ def show(results: Results, console: Console, *, markdown: bool = False) -> None:
         console = Console(file=console.file, width=WIDE, color_system=None)
     for line in header(results):
         _say(console, line)
-    for table in (measurements(results), memory(results), reached(results)):
+    of_training = train_report.tables(results)
+    for table in (*(of_training or (measurements(results), memory(results))), reached(results)):
         if table.row_count:
             console.print()
             table.box = box.MARKDOWN if markdown else box.SIMPLE_HEAD
@@ -47,7 +49,7 @@ def show(results: Results, console: Console, *, markdown: bool = False) -> None:
     for row in results.rows:
         if row.refused:
             _say(console, f"{row.case}: {row.contender} was not timed: {row.refused}")
-    for note in NOTES:
+    for note in train_report.NOTES if of_training else NOTES:
         _say(console, note)
 
 
@@ -78,7 +80,7 @@ def header(results: Results) -> list[str]:
 
 def measurements(results: Results) -> Table:
     """Time, rates, ratios, memory and errors of every contender."""
-    table = _table("", "ms", "GB/s", "% of floor", "x eager", "x compiled", "peak MiB", "error", "error p~q")
+    table = empty("", "ms", "GB/s", "% of floor", "x eager", "x compiled", "peak MiB", "error", "error p~q")
     for case, rows in results.by_case():
         floor = f"floor {number(rows[0].floor_ms)} ms" if rows[0].floor_bytes else ""
         table.add_row(f"[bold]{escape(case)}[/bold]", floor)
@@ -106,7 +108,7 @@ def _cells(results: Results, row: Row) -> list[str]:
 
 def memory(results: Results) -> Table:
     """What a call takes beyond the gradient."""
-    table = _table("memory beyond the gradient", "peak MiB", "MiB a thread")
+    table = empty("memory beyond the gradient", "peak MiB", "MiB a thread")
     for found in results.memory:
         peak = found.peak_extra_bytes / MIB
         table.add_row(escape(found.case), f"{peak:.2f}", f"{peak / results.machine['threads']:.2f}")
@@ -115,24 +117,9 @@ def memory(results: Results) -> Table:
 
 def reached(results: Results) -> Table:
     """The targets, what was measured, and whether that meets them."""
-    table = _table("target", "wanted", "measured", "")
+    table = empty("target", "wanted", "measured", "")
     for target, measured, met in targets.judge(results):
         if measured is not None:
             wanted = f"{'<=' if target.at_most else '>='} {number(target.limit)}"
             table.add_row(escape(target.text), wanted, number(measured), "met" if met else "[bold]not met[/bold]")
-    return table
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, without an exponent."""
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
     return table

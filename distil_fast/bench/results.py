@@ -23,7 +23,8 @@ SCHEMA = 1
 @dataclass(frozen=True)
 class Row:
     """One contender of one case. `floor_bytes`: its least traffic, 0 where data is in cache; `copy_gb_per_s`: how fast
-    a copy was in the same rounds. `refused`: why it was not timed. Errors as in correctness.Errors."""
+    a copy was in the same rounds. `refused`: why it was not timed. Errors as in correctness.Errors. `facts`: numbers by
+    name that are no times; `parts`: milliseconds by name, of a training step's parts."""
 
     case: str
     contender: str
@@ -33,6 +34,8 @@ class Row:
     refused: str | None = None
     timing: Timing | None = None
     peak_extra_bytes: int | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def floor_ms(self) -> float:
@@ -108,6 +111,7 @@ def _merged_row(rows: Sequence[Row]) -> Row:
         errors=Errors(*(_largest(values) for values in zip(*errors, strict=True))) if errors else None,  # type: ignore[arg-type]
         refused=refused,
         timing=None if refused or not timings else _merged_timing(timings),
+        parts={name: statistics.median(row.parts[name] for row in rows if row.parts) for name in rows[0].parts},
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 
@@ -31,19 +32,35 @@ def run(
     chosen: Sequence[Case], memory: Sequence[Case], effort: Effort, *, processes: int, command: str, note: Note
 ) -> Results:
     """Measures the cases and the peak memory of `memory`; `note` is told what is going on."""
+
+    def finish(found: Results) -> Results:
+        return replace(found, rows=_with_isolated(found, chosen, note), memory=_beyond_gradient(memory, note))
+
+    return conducted(_timed, chosen, effort, finish, processes=processes, command=command, note=note)
+
+
+def conducted(
+    timed: Callable[..., Results],
+    chosen: Sequence[Any],
+    effort: Effort,
+    finish: Callable[[Results], Results],
+    *,
+    processes: int,
+    command: str,
+    note: Note,
+) -> Results:
+    """What `timed(chosen, effort)` finds, a module's function, in this process or in several fresh ones; finished."""
     described, start, now = machine.describe(), time.monotonic(), datetime.now(timezone.utc)
     if processes == 1:
-        found = _timed(chosen, effort, note)
+        found = timed(chosen, effort, note)
     else:
         runs = []
         for number in range(processes):
             note(f"process {number + 1} of {processes}")
-            runs.append(isolated.fresh(_timed, chosen, effort))
+            runs.append(isolated.fresh(timed, chosen, effort))
         found = results.merged(runs)
     return replace(
-        found,
-        rows=_with_isolated(found, chosen, note),
-        memory=_beyond_gradient(memory, note),
+        finish(found),
         command=command,
         date=now.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - start, 1),
@@ -100,7 +117,7 @@ def checked(name: str, case: Case, problem: Problem, exact: Exact) -> tuple[Row,
         contender.prepare()
         found = correctness.errors(contender.call(), exact)
         if case.device == "cuda" and not case.graph:
-            row = replace(row, peak_extra_bytes=_peak_on_gpu(contender))
+            row = replace(row, peak_extra_bytes=peak_on_gpu(contender))
     except contenders.UnavailableError as error:
         return replace(row, refused=str(error)), None
     except Exception as error:  # whatever stops someone else's code is a line of the table, not the end of the run
@@ -109,7 +126,7 @@ def checked(name: str, case: Case, problem: Problem, exact: Exact) -> tuple[Row,
     return replace(row, errors=found, refused=refused), None if refused else contender
 
 
-def _peak_on_gpu(contender: Sampled) -> int:
+def peak_on_gpu(contender: Sampled) -> int:
     """The most memory that tensors held during one call, beyond what they held before."""
     contender.prepare()
     torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distil_fast.bench import train_cases
 from distil_fast.bench.cases import BF16, FP16, FP32, GPU_ROWS, LOSS_SCALE, OVERHEAD, VOCABULARIES, Case
 from distil_fast.bench.results import Results
 
@@ -177,4 +178,52 @@ def _gpu_targets() -> Iterator[Target]:
     yield Target(f"{small}: ms", milliseconds(small), 0.015)
 
 
-TARGETS = (*_targets(), *_gpu_targets())
+def fact(case: str, contender: str, name: str, unit: float = 1.0) -> Value:
+    """A number of a contender that is no time."""
+
+    def value(results: Results) -> float | None:
+        row = results.row(case, contender)
+        return row.facts[name] / unit if row and name in row.facts else None
+
+    return value
+
+
+def peak_ratio(case: str, contender: str, to: str) -> Value:
+    """Peak memory over another's."""
+
+    def value(results: Results) -> float | None:
+        row, other = results.row(case, contender), results.row(case, to)
+        if not row or not other or row.peak_extra_bytes is None or not other.peak_extra_bytes:
+            return None
+        return row.peak_extra_bytes / other.peak_extra_bytes
+
+    return value
+
+
+def _train_targets() -> Iterator[Target]:
+    original, eager, compiled, ours = train_cases.ORIGINAL, train_cases.EAGER, train_cases.COMPILED, train_cases.OURS
+    masked = ours + train_cases.MASKED
+    wanted = (  # who, faster than whom, on a CPU, on an H200
+        (ours, original, 3, 2),
+        (masked, original, 6.5, 3),
+        (ours, eager, 1.5, 1.4),
+        (ours, compiled, 1.1, 1.05),
+    )
+    for case in (train_cases.TRAIN[0], train_cases.TRAIN_GPU[0]):
+        on_gpu = case.device == "cuda"
+        for who, than, cpu, gpu in wanted:
+            faster_than = ratio(case.name, case.name, than, who)
+            yield Target(f"{case.name}: {who}, x {than}", faster_than, gpu if on_gpu else cpu, at_most=False)
+        for who in (ours, masked):
+            yield Target(f"{case.name}: {who}, host syncs", fact(case.name, who, train_cases.SYNCS), 0)
+        if on_gpu:
+            yield Target(f"{case.name}: peak memory of the original's", peak_ratio(case.name, ours, original), 0.5)
+    base, student, encoder = train_cases.BERT_BASE, train_cases.DISTILBERT, train_cases.ENCODERS[0].name
+    for who, limit in ((base, 109.49), (student, 66.37)):
+        yield Target(f"{who}: million parameters", fact(encoder, who, train_cases.PARAMETERS, 1e6), limit)
+    for sentence in train_cases.ENCODERS:
+        times = ratio(sentence.name, sentence.name, base, student)
+        yield Target(f"{sentence.name}: {student}, x {base}", times, 1.6, at_most=False)
+
+
+TARGETS = (*_targets(), *_gpu_targets(), *_train_targets())

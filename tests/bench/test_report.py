@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
-from distil_fast.bench import cases, plot, plot_vocabulary, report, targets
+from distil_fast.bench import cases, plot, plot_vocabulary, report, targets, train_cases
 from distil_fast.bench import results as results_module
 from distil_fast.bench.correctness import Errors
 from distil_fast.bench.measure import Timing
@@ -148,8 +148,11 @@ def test_targets_are_judged(results: Results) -> None:
 
 
 def test_every_target_belongs_to_a_case_of_the_table() -> None:
-    every = (*cases.LOSS, *cases.OVERHEAD, *cases.GPU)
+    every = (*cases.LOSS, *cases.OVERHEAD, *cases.GPU, *train_cases.TRAIN, *train_cases.TRAIN_GPU)
     rows = [timed(case.name, contender, 1.0) for case in every for contender in case.contenders]
+    both = train_cases.BERT_BASE, train_cases.DISTILBERT
+    rows += [timed(case.name, encoder, 1.0) for case in train_cases.ENCODERS for encoder in both]
+    rows = [replace(row, facts={train_cases.SYNCS: 0.0, train_cases.PARAMETERS: 1e8}) for row in rows]
     complete = Results(rows, "torch copy_", [Memory("any", 1)], machine={"threads": 1})
     assert [outcome.target.text for outcome in targets.judge(complete) if outcome.measured is None] == []
 
