@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import BertForMaskedLM, DistilBertForMaskedLM
 
 from distil_fast.bench import isolated, measure, suite, train_models, train_parts, train_steps
 from distil_fast.bench.correctness import Errors
@@ -33,6 +32,7 @@ from distil_fast.bench.train_cases import (
 )
 from distil_fast.bench.train_steps import Step
 from distil_fast.training.batch import MaskedBatch
+from distil_fast.training.masked_lm import MaskedLM
 
 # dtype: relative error of the losses, the worst of them, and of the gradient of all parameters, against the original's
 TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (3e-2, 1e-1)}
@@ -65,8 +65,8 @@ class Filled(NamedTuple):
     """What the contenders of a case share; each copies the student."""
 
     case: TrainCase
-    student: DistilBertForMaskedLM
-    teacher: BertForMaskedLM
+    student: MaskedLM
+    teacher: MaskedLM
     batch: MaskedBatch
 
     def contender(self, name: str) -> TrainContender:

@@ -1,21 +1,18 @@
-"""A modern step's module: teacher, student and losses of the rows that need them, by plain torch or by distil_fast.
+"""A modern step's module in plain torch: teacher, student, and losses of the rows that need them.
 
-Heads run on the gathered rows only, in one piece or fused; nothing here asks the device for a value. It knows nothing
-of optimisers or time. Next: train_steps.py; original.py for what it is compared with.
+It does what distil_fast's objective does, heads on the gathered rows only and no question to the device, but with
+torch's own losses, eager or compiled. It knows nothing of optimisers or time. Next: train_steps.py.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
-from transformers import BertForMaskedLM, DistilBertForMaskedLM
+from torch import Tensor
 
-from distil_fast import cosine_loss, linear_distillation_loss
 from distil_fast.training.batch import MaskedBatch
 from distil_fast.training.masked_lm import MaskedLM, apply_head, encode
 from distil_fast.training.protocols import Objective
@@ -35,22 +32,23 @@ class States(NamedTuple):
     predicted: Tensor | None  # [m] which of the rows have a label; None: all
 
 
-class GatheredObjective(Objective):
-    """Both encoders, and the rows gathered for the losses by positions that the host knows.
+class PlainObjective(Objective):
+    """Plain torch, as one writes it with care: whole logits, of the gathered rows only; labels where there are some.
 
     Args:
         student, teacher: masked language models with one vocabulary and one hidden size, on one device.
         config: temperature, alphas and `positions`.
+        loss_function: `plain_losses` of the same configuration, or torch.compile of it.
     """
 
     terms = ("ce", "mlm", "cos")
-    student: MaskedLM
 
-    def __init__(self, student: MaskedLM, teacher: MaskedLM, config: LossConfig) -> None:
+    def __init__(self, student: MaskedLM, teacher: MaskedLM, config: LossConfig, loss_function: PlainLosses) -> None:
         super().__init__()
         self.student = student
         self._unregistered = (teacher.eval(),)
         self.config = config
+        self.loss_function = loss_function
 
     @property
     def teacher(self) -> MaskedLM:
@@ -64,45 +62,31 @@ class GatheredObjective(Objective):
         return torch.stack([batch.input_ids.new_full((), number, dtype=torch.float32) for number in numbers])
 
     def forward(self, batch: MaskedBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        return self.losses(self.states(batch), counts)
-
-    def states(self, batch: MaskedBatch) -> States:
-        """Both encoders' output where it is needed."""
-        assert batch.masked is not None
-        with torch.no_grad():
-            teacher = encode(self.teacher, batch.input_ids, batch.attention_mask).flatten(0, 1)
-        student = encode(self.student, batch.input_ids, batch.attention_mask).flatten(0, 1)
-        of_tokens = student.index_select(0, batch.tokens), teacher.index_select(0, batch.tokens)
-        if self.config.positions == "masked":
-            rows, predicted = batch.masked, None
-            of_rows = student.index_select(0, rows), teacher.index_select(0, rows)
-        else:
-            rows, predicted = batch.tokens, torch.searchsorted(batch.tokens, batch.masked)
-            of_rows = of_tokens
-        return States(*of_tokens, *of_rows, batch.labels.flatten().index_select(0, rows), predicted)
-
-    @abstractmethod
-    def losses(self, states: States, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` returns."""
-
-
-class PlainObjective(GatheredObjective):
-    """Plain torch, as one writes it with care: whole logits, of the gathered rows only; labels where there are some.
-
-    Args:
-        loss_function: `plain_losses` of the same configuration, or torch.compile of it.
-    """
-
-    def __init__(self, student: MaskedLM, teacher: MaskedLM, config: LossConfig, loss_function: PlainLosses) -> None:
-        super().__init__(student, teacher, config)
-        self.loss_function = loss_function
-
-    def losses(self, states: States, counts: Tensor) -> tuple[Tensor, Tensor]:
+        states = gathered(self.student, self.teacher, batch, self.config.positions)
         with torch.no_grad():
             teacher_logits = apply_head(self.teacher, states.teacher_rows)
         student_logits = apply_head(self.student, states.student_rows)
         hidden = states.student, states.teacher
         return self.loss_function(student_logits, teacher_logits, states.labels, states.predicted, *hidden, counts)
+
+
+def gathered(student: MaskedLM, teacher: MaskedLM, batch: MaskedBatch, positions: str) -> States:
+    """Both encoders' output where a loss needs it, with KL at `positions`, "all" or "masked"."""
+    assert batch.masked is not None
+    attention_mask = None if batch.tokens.numel() == batch.input_ids.numel() else batch.attention_mask
+    with torch.no_grad():
+        teacher_hidden = encode(teacher, batch.input_ids, attention_mask).flatten(0, 1)
+    student_hidden = encode(student, batch.input_ids, attention_mask).flatten(0, 1)
+    of_tokens = student_hidden, teacher_hidden
+    if attention_mask is not None:
+        of_tokens = student_hidden.index_select(0, batch.tokens), teacher_hidden.index_select(0, batch.tokens)
+    if positions == "masked":
+        rows, predicted = batch.masked, None
+        of_rows = student_hidden.index_select(0, rows), teacher_hidden.index_select(0, rows)
+    else:
+        rows, predicted = batch.tokens, torch.searchsorted(batch.tokens, batch.masked)
+        of_rows = of_tokens
+    return States(*of_tokens, *of_rows, batch.labels.flatten().index_select(0, rows), predicted)
 
 
 def plain_losses(config: LossConfig) -> PlainLosses:
@@ -129,45 +113,3 @@ def plain_losses(config: LossConfig) -> PlainLosses:
         return loss, torch.stack([ce, mlm, cos]).detach()
 
     return losses
-
-
-class OurObjective(GatheredObjective):
-    """distil_fast's: one pass from hidden states to both logit terms and their gradients, and one for the cosine."""
-
-    def losses(self, states: States, counts: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        with torch.no_grad():
-            teacher_features = _transform(self.teacher, states.teacher_rows)
-        decoder, teacher_decoder = _decoder(self.student), _decoder(self.teacher)
-        logit_terms = linear_distillation_loss(
-            _transform(self.student, states.student_rows),
-            decoder.weight,
-            teacher_features,
-            teacher_decoder.weight,
-            states.labels,
-            student_bias=decoder.bias,
-            teacher_bias=teacher_decoder.bias,
-            temperature=config.temperature,
-            soft_weight=config.alpha_ce,
-            hard_weight=config.alpha_mlm,
-            soft_count=counts[0],
-            hard_count=counts[1],
-            precision=config.head_precision,
-        )
-        cos = cosine_loss(states.student, states.teacher, count=counts[2])
-        terms = torch.stack([logit_terms.soft.detach(), logit_terms.hard.detach(), cos.detach()])
-        return logit_terms.loss + config.alpha_cos * cos, terms
-
-
-def _transform(model: MaskedLM, hidden: Tensor) -> Tensor:
-    """The head up to its decoder."""
-    if isinstance(model, BertForMaskedLM):
-        return model.cls.predictions.transform(hidden)
-    assert isinstance(model, DistilBertForMaskedLM)
-    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-
-
-def _decoder(model: MaskedLM) -> nn.Linear:
-    decoder = model.get_output_embeddings()
-    assert isinstance(decoder, nn.Linear)
-    return decoder

@@ -28,12 +28,12 @@ from distil_fast.bench.train_cases import (
     TrainCase,
 )
 from distil_fast.bench.train_models import MASK_ID
-from distil_fast.bench.train_objectives import OurObjective, PlainObjective
+from distil_fast.bench.train_objectives import PlainObjective, gathered
 from distil_fast.bench.train_steps import OriginalStep, Step
-from distil_fast.training.batch import MaskedBatch
-from distil_fast.training.config import MaskingConfig
+from distil_fast.training.batch import Batch, MaskedBatch
 from distil_fast.training.masked_lm import apply_head
-from distil_fast.training.masking import Batch, DynamicMasking
+from distil_fast.training.masking import DynamicMasking
+from distil_fast.training.settings import MaskingConfig
 
 
 def parts(step: Step, batch: MaskedBatch, repeats: int) -> dict[str, float]:
@@ -105,7 +105,8 @@ def masking(case: TrainCase, batch: MaskedBatch, repeats: int) -> float:
     """Median milliseconds of masking a micro-batch of these lengths."""
     counts = torch.ones(case.vocabulary, dtype=torch.int64, device=case.device)
     mask = DynamicMasking(counts, [0], MASK_ID, MaskingConfig(), seed=0)
-    return _median_ms(lambda: mask(Batch(batch.input_ids, batch.attention_mask)), case.device, repeats)
+    given = Batch(batch.input_ids, batch.attention_mask, batch.tokens)
+    return _median_ms(lambda: mask(given), case.device, repeats)
 
 
 def _median_ms(function: Callable[[], object], device: str, repeats: int) -> float:
@@ -142,17 +143,19 @@ def _loss_of_leaves(step: Step, batch: MaskedBatch) -> tuple[Callable[[], Tensor
         given = Output(logits, (hidden,))
         return lambda: step.losses(given, teacher, batch).loss, (logits, hidden)
     objective = step.objective
+    config = objective.config if isinstance(objective, PlainObjective) else objective.loss
+    models = objective.student, objective.teacher
     with torch.no_grad():
-        states, counts = objective.states(batch), objective.counts(batch)
-        logits = apply_head(objective.student, states.student_rows)
-        teacher_logits = apply_head(objective.teacher, states.teacher_rows)
+        states, counts = gathered(*models, batch, config.positions), objective.counts(batch)
+        logits, teacher_logits = (
+            apply_head(model, rows)
+            for model, rows in zip(models, (states.student_rows, states.teacher_rows), strict=True)
+        )
     logits, hidden = logits.requires_grad_(), states.student.requires_grad_()
     both = hidden, states.teacher
     if isinstance(objective, PlainObjective):
         labels = states.labels, states.predicted
         return lambda: objective.loss_function(logits, teacher_logits, *labels, *both, counts)[0], (logits, hidden)
-    assert isinstance(objective, OurObjective)
-    config = objective.config
 
     def ours() -> Tensor:
         terms = distillation_loss(

@@ -12,22 +12,26 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import BertForMaskedLM, DistilBertForMaskedLM, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 from distil_fast.bench.contenders import compiled
 from distil_fast.bench.original import Original
 from distil_fast.bench.train_cases import COMPILED, EAGER, MASKED, ORIGINAL, OURS, TrainCase
-from distil_fast.bench.train_objectives import GatheredObjective, OurObjective, PlainObjective, plain_losses
+from distil_fast.bench.train_objectives import PlainObjective, plain_losses
 from distil_fast.training.batch import MaskedBatch
+from distil_fast.training.masked_lm import MaskedLM
+from distil_fast.training.objective import MaskedLMObjective
 from distil_fast.training.settings import LossConfig, OptimiserConfig
 
 STEPS = 1_000_000  # of the schedule: no run of the benchmark comes to its end
+
+Modern: TypeAlias = "PlainObjective | MaskedLMObjective"
 
 
 class ModernStep:
     """One optimiser step of an objective: counts first, then forward and backward of each micro-batch."""
 
-    def __init__(self, objective: GatheredObjective, optimiser: OptimiserConfig, precision: str) -> None:
+    def __init__(self, objective: Modern, optimiser: OptimiserConfig, precision: str) -> None:
         self.objective, self.precision, self.max_grad_norm = objective, precision, optimiser.max_grad_norm
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -36,11 +40,11 @@ class ModernStep:
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, round(STEPS * optimiser.warmup), STEPS)
 
     @property
-    def student(self) -> nn.Module:
+    def student(self) -> MaskedLM:
         return self.objective.student
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> MaskedLM:
         return self.objective.teacher
 
     def gradients(self, batches: Sequence[MaskedBatch]) -> Tensor:
@@ -77,14 +81,14 @@ class OriginalStep(Original):
 
 Step: TypeAlias = "ModernStep | OriginalStep"
 
-OBJECTIVES: dict[str, Callable[[DistilBertForMaskedLM, BertForMaskedLM, LossConfig], GatheredObjective]] = {
+OBJECTIVES: dict[str, Callable[[MaskedLM, MaskedLM, LossConfig], Modern]] = {
     EAGER: lambda student, teacher, loss: PlainObjective(student, teacher, loss, plain_losses(loss)),
     COMPILED: lambda student, teacher, loss: PlainObjective(student, teacher, loss, compiled(plain_losses(loss))),
-    OURS: OurObjective,
+    OURS: MaskedLMObjective,
 }
 
 
-def build(name: str, case: TrainCase, student: DistilBertForMaskedLM, teacher: BertForMaskedLM) -> Step:
+def build(name: str, case: TrainCase, student: MaskedLM, teacher: MaskedLM) -> Step:
     """The contender of this name, with a copy of the student.
 
     Raises:

@@ -16,7 +16,9 @@ from distil_fast.bench import cases, isolated, measure, results, train, train_ca
 from distil_fast.bench.measure import Effort
 from distil_fast.bench.syncs import host_syncs
 from distil_fast.bench.train_cases import EncoderCase, TrainCase
-from distil_fast.bench.train_objectives import OurObjective, PlainObjective, States, plain_losses
+from distil_fast.bench.train_objectives import PlainObjective, plain_losses
+from distil_fast.training.batch import MaskedBatch
+from distil_fast.training.objective import MaskedLMObjective
 from distil_fast.training.settings import LossConfig
 
 EAGER = tuple(name for name in train_cases.CONTENDERS if not name.startswith(train_cases.COMPILED))
@@ -53,6 +55,24 @@ def test_contenders_agree_with_the_original(name: str, shortest: int) -> None:
     assert found.array < 1e-5
 
 
+@pytest.mark.parametrize("name", ["modern eager", "ours"])
+def test_they_agree_under_autocast_too(name: str) -> None:
+    """The GPU suite's precision and attention. Models so wide that KL is no rounding of theirs, as those there are."""
+    filled = train.fill(replace(CASE, width=96, dtype=torch.bfloat16, attention="sdpa"))
+    reference = train.outcome(filled.contender(train_cases.ORIGINAL).taken, filled.batch)
+    found = train.disagreement(train.outcome(filled.contender(name).taken, filled.batch), reference)
+    assert train._verdict(found, torch.bfloat16) is None
+    in_float32 = replace(CASE, width=96, attention="sdpa")
+    wide = train.outcome(train.fill(in_float32).contender(train_cases.ORIGINAL).taken, filled.batch)
+    assert train.disagreement(reference, wide).array > 1e-3  # it was no float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_suite_says_so() -> None:
+    with pytest.raises(SystemExit, match="expected a GPU"):
+        bench.run(arguments("train-gpu"))
+
+
 def test_a_modern_step_of_two_micro_batches_is_one_of_both() -> None:
     """Where the original's is a mean of means."""
     whole = train.fill(CASE)
@@ -68,9 +88,9 @@ def test_a_modern_step_of_two_micro_batches_is_one_of_both() -> None:
 
 
 def test_who_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(OurObjective):
-        def losses(self, states: States, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            loss, terms = super().losses(states, counts)
+    class Wrong(MaskedLMObjective):
+        def forward(self, batch: MaskedBatch, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, terms = super().forward(batch, counts)
             return 1.01 * loss, terms
 
     monkeypatch.setitem(train_steps.OBJECTIVES, train_cases.OURS, Wrong)
@@ -155,7 +175,7 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert original is not None
     assert ours is not None
     assert original.facts[train_cases.SYNCS] >= 10
-    assert ours.facts[train_cases.SYNCS] < original.facts[train_cases.SYNCS]
+    assert ours.facts[train_cases.SYNCS] == 0
     assert "50 tokens" in printed
     assert "21.9% pad" in printed
     for part in train_cases.PARTS:
