@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from distil_fast.bench.results import Results
 
+NEED_GPU = ("gpu", "train-gpu")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sub-commands and their options."""
@@ -81,7 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measured(arguments: argparse.Namespace, console: Console) -> Results:
     """Runs the suite that was asked for."""
+    import torch
+
     from distil_fast.bench import cases, measure, suite, train_cases
+
+    if arguments.suite in NEED_GPU and not torch.cuda.is_available():
+        raise SystemExit(f"bench {arguments.suite}: expected a GPU, and torch {torch.__version__} sees none here.")
 
     def select(table: Sequence[cases.AnyCase]) -> list[cases.AnyCase]:
         chosen = cases.select(table, quick=arguments.quick, containing=arguments.filter)

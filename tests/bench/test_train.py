@@ -55,6 +55,24 @@ def test_contenders_agree_with_the_original(name: str, shortest: int) -> None:
     assert found.array < 1e-5
 
 
+@pytest.mark.parametrize("name", ["modern eager", "ours"])
+def test_they_agree_under_autocast_too(name: str) -> None:
+    """The GPU suite's precision and attention. Models so wide that KL is no rounding of theirs, as those there are."""
+    filled = train.fill(replace(CASE, width=96, dtype=torch.bfloat16, attention="sdpa"))
+    reference = train.outcome(filled.contender(train_cases.ORIGINAL).taken, filled.batch)
+    found = train.disagreement(train.outcome(filled.contender(name).taken, filled.batch), reference)
+    assert train._verdict(found, torch.bfloat16) is None
+    in_float32 = replace(CASE, width=96, attention="sdpa")
+    wide = train.outcome(train.fill(in_float32).contender(train_cases.ORIGINAL).taken, filled.batch)
+    assert train.disagreement(reference, wide).array > 1e-3  # it was no float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_suite_says_so() -> None:
+    with pytest.raises(SystemExit, match="expected a GPU"):
+        bench.run(arguments("train-gpu"))
+
+
 def test_a_modern_step_of_two_micro_batches_is_one_of_both() -> None:
     """Where the original's is a mean of means."""
     whole = train.fill(CASE)
