@@ -278,12 +278,12 @@ def _linear_loss(
     size = checks.check_chunk_bytes(chunk_bytes)
     if not isinstance(gather, bool):
         raise TypeError(f"gather: expected True or False, got {type(gather).__name__}.")
-    hidden = _in_autocast(hidden)
+    hidden = in_autocast(hidden)
     chosen = backends.for_call(hidden, name, backend)
     if chosen == "reference":
         return _by_reference(hidden, weight, bias, teacher, labels, options)
     if isinstance(given, Tensor) and teacher_weight is not None:
-        given = _in_autocast(given)
+        given = in_autocast(given)
     heads = (weight, bias), given, (teacher_weight, teacher_bias)
     return _call(hidden, *heads, labels, options, precision == EXACT, size, gather, chosen)
 
@@ -308,7 +308,7 @@ def _by_reference(
     return reference.distillation_loss(logits, values, labels, teacher_form=form, **options)
 
 
-def _in_autocast(hidden: Tensor) -> Tensor:
+def in_autocast(hidden: Tensor) -> Tensor:
     """Hidden states as autocast would have them in a matrix product; heads follow their dtype."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:

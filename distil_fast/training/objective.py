@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from distil_fast import distillation_loss, hidden_loss, linear_distillation_loss
+from distil_fast.linear import in_autocast
 from distil_fast.training.architectures import layer_count
 from distil_fast.training.batch import IGNORED, MaskedBatch
 from distil_fast.training.masked_lm import decoder, encode, transform
@@ -199,7 +200,7 @@ class MaskedLMObjective(Objective):
             options |= {"student_bias": bias, "teacher_bias": bias_t}
             options |= {"precision": config.head_precision, "gather": rows.gather}
             if not self._teacher_autocast:
-                student = _as_in_autocast(student)
+                student = in_autocast(student)
             with self._teacher_context(student.device.type):
                 terms = linear_distillation_loss(student, weight, teacher, weight_t, rows.labels, **options)
         else:
@@ -212,7 +213,7 @@ class MaskedLMObjective(Objective):
         """Whether the head's logits are made in chunks."""
         if self.loss.head != "auto":
             return self.loss.head == "fused"
-        dtype = _as_in_autocast(features[:0]).dtype
+        dtype = in_autocast(features[:0]).dtype
         if dtype.itemsize < 4 and self.loss.head_precision == "exact":
             return True  # whole logits of a half precision would be rounded
         return 2 * features.shape[0] * weight.shape[0] * dtype.itemsize >= WHOLE_BYTES
@@ -228,14 +229,6 @@ class MaskedLMObjective(Objective):
             projections=self.projections if len(self.projections) else None,
             count=count,
         )
-
-
-def _as_in_autocast(hidden: Tensor) -> Tensor:
-    """Hidden states in the dtype that a linear layer would compute in."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return hidden.to(torch.get_autocast_dtype(kind))
-    return hidden
 
 
 def _unpadded(batch: MaskedBatch) -> bool:
