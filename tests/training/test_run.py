@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -22,8 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distil_fast import cli
+from distil_fast import cli, training
+from distil_fast.training import TrainConfig, Trainer, train
 from distil_fast.training.results import RunResults, load
+from distil_fast.training.settings import DataConfig
 
 MakeTeacher = Callable[..., BertForMaskedLM]
 STEPS = 24
@@ -173,6 +176,24 @@ def test_divergence_stops_and_names_the_step(
     assert cli.main(words) == 1
     assert "step" in capsys.readouterr().err
     assert not (tmp_path / "out" / "student").exists()
+
+
+def test_the_same_from_python(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        teacher=str(teacher_folder),
+        output=tmp_path / "out",
+        data=DataConfig(text=str(text_file), sequence_length=32, workers=1, cache=tmp_path / "cache"),
+        steps=2,
+        micro_batch_size=4,
+        accumulation_steps=2,
+        precision="fp32",
+    )
+    found = train(config, Console(quiet=True))
+    assert found is not None
+    assert len(found.history["loss"]) == 2
+    assert Trainer.__name__ == "Trainer"
+    with pytest.raises(AttributeError, match="nonesuch"):
+        getattr(training, "nonesuch")  # noqa: B009
 
 
 # ------------------------------------------------------------------------------------------------ eval, env, tasks
