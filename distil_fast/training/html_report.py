@@ -21,6 +21,7 @@ from distil_fast.training.progress import duration
 from distil_fast.training.results import STEP, ModelResults, RunResults, plain
 from distil_fast.training.svg_chart import line_chart, number
 
+CHOSEN = {"learning_rate"}  # what is not measured has no noise
 LOGARITHMIC = {"pseudo_perplexity"}  # curves that fall by orders of magnitude
 
 
@@ -99,7 +100,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "spee
 
 def _charts(columns: Mapping[str, Sequence[float]]) -> str:
     steps = columns.get(STEP, ())
-    if not steps:
+    if len(steps) < 2:  # one reading is no curve, and the comparison has it
         return ""
     names = sorted(
         (n for n in columns if n != STEP), key=lambda n: list(TITLES).index(n) if n in TITLES else len(TITLES)
@@ -108,7 +109,9 @@ def _charts(columns: Mapping[str, Sequence[float]]) -> str:
     for name in names:
         title = TITLES.get(name, name.replace("_", " "))
         last = next((value for value in reversed(columns[name]) if math.isfinite(value)), math.nan)
-        chart = line_chart(steps, columns[name], f"{title} over optimiser steps", name in LOGARITHMIC)
+        chart = line_chart(
+            steps, columns[name], f"{title} over optimiser steps", name in LOGARITHMIC, name not in CHOSEN
+        )
         figures.append(
             f"<figure><figcaption>{escape(title)} <b>{escape(number(last)) if math.isfinite(last) else MISSING}</b>"
             f"</figcaption>{chart}</figure>"

@@ -17,7 +17,9 @@ POINTS = 600  # more readings than that are thinned by means, as no screen shows
 SMOOTHING = 30  # the running mean's window is one reading in so many; up to twice as many are shown as they are
 
 
-def line_chart(x: Sequence[float], y: Sequence[float], label: str, logarithmic: bool = False) -> str:
+def line_chart(
+    x: Sequence[float], y: Sequence[float], label: str, logarithmic: bool = False, noisy: bool = True
+) -> str:
     """An `<svg>` of y over x, with a title for screen readers; readings that are not finite leave a gap.
 
     Args:
@@ -26,13 +28,14 @@ def line_chart(x: Sequence[float], y: Sequence[float], label: str, logarithmic: 
         label: what is shown, in words.
         logarithmic: draw the logarithm of y, with ticks at powers of ten, if it spans more than one; what is not
             positive is left out.
+        noisy: draw a running mean over many readings, and these palely behind it.
     """
     decades = logarithmic and _spans_decades(y)
     points = [(float(a), _logarithm(b) if decades else float(b)) for a, b in zip(x, y, strict=True)]
     if not any(math.isfinite(b) for _, b in points):
         return f'<p class="none">No finite reading of {escape(label)}.</p>'
     thinned = _thin(points)
-    many = len(thinned) > 2 * SMOOTHING
+    many = noisy and len(thinned) > 2 * SMOOTHING
     smooth = _running_mean(thinned, len(thinned) // SMOOTHING) if many else thinned
     shown = [b for _, b in smooth if math.isfinite(b)]
     y_ticks = ticks(min(shown), max(shown), whole=True) if decades else ticks(*_range(shown))
@@ -48,7 +51,7 @@ def line_chart(x: Sequence[float], y: Sequence[float], label: str, logarithmic: 
         box = 'x="{}" y="{}" width="{}" height="{}"'.format(*area.split())
         parts.append(f'<svg {box} viewBox="{area}">{_path("raw", [place(*point) for point in thinned])}</svg>')
     parts.append(_path("smooth", [place(*point) for point in smooth]))
-    if not many:
+    if len(thinned) <= 2 * SMOOTHING:
         dots = (place(*point) for point in thinned if math.isfinite(point[1]))
         parts += [f'<circle class="dot" cx="{column:.1f}" cy="{row:.1f}" r="3"/>' for column, row in dots]
     return "".join([*parts, "</svg>"])
