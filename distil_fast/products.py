@@ -17,7 +17,7 @@ TILE_BYTES = 4 << 20  # of what is widened, or multiplied, at a time: on a CPU i
 GPU_TILE_BYTES = 64 << 20
 
 
-def _by_onednn(*operands: Tensor) -> bool:
+def by_onednn(*operands: Tensor) -> bool:
     return (
         all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 for x in operands)
         and bool(torch.backends.mkldnn.enabled)
@@ -26,9 +26,9 @@ def _by_onednn(*operands: Tensor) -> bool:
     )
 
 
-def _times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias of one dtype; `weight` is dense, or the transposition of a dense matrix."""
-    if _by_onednn(x, weight):
+    if by_onednn(x, weight):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
         return product
     return torch.nn.functional.linear(x, weight, bias)
@@ -54,7 +54,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> T
     if wide and weight.dtype not in _HALVES:
         hidden = hidden.to(weight.dtype)
     if weight.dtype == hidden.dtype == logits_dtype(hidden, wide):
-        return _times_transposed(hidden, weight.contiguous(), None if bias is None else bias.to(hidden.dtype))
+        return times_transposed(hidden, weight.contiguous(), None if bias is None else bias.to(hidden.dtype))
     if hidden.device.type != "cpu" and weight.dtype == hidden.dtype:
         out: Tensor = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return out if bias is None else out.add_(bias)
@@ -63,7 +63,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> T
     for start in tiles:
         stop = start + tiles.step
         tile_bias = None if bias is None else bias[start:stop].float()
-        out[:, start:stop] = _times_transposed(x, weight[start:stop].float(), tile_bias)
+        out[:, start:stop] = times_transposed(x, weight[start:stop].float(), tile_bias)
     return out
 
 
@@ -87,8 +87,8 @@ def hidden_gradient(grad: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
             out.addmm_(grad[:, start : start + tiles.step].float(), weight[start : start + tiles.step].float())
         return out if wide else out.to(weight.dtype)
     grad = grad.to(weight.dtype)
-    if _by_onednn(grad, weight):
-        return _times_transposed(grad, weight.contiguous().t())
+    if by_onednn(grad, weight):
+        return times_transposed(grad, weight.contiguous().t())
     return torch.mm(grad, weight)
 
 
@@ -114,8 +114,8 @@ class WeightGradient:
             tiles = _tiles(self.sum)
             for start in tiles:
                 turned = grad[:, start : start + tiles.step].t()
-                if _by_onednn(turned, columns):
-                    self.sum[start : start + tiles.step] += _times_transposed(turned, columns)
+                if by_onednn(turned, columns):
+                    self.sum[start : start + tiles.step] += times_transposed(turned, columns)
                 else:
                     self.sum[start : start + tiles.step] += torch.mm(turned, hidden)
         elif dtype in _HALVES:

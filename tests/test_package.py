@@ -72,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "reference",
         "teachers",
     },
-    "training": PUBLIC | {"backends"},  # environment.py tells which serves a device
+    "training": PUBLIC | {"backends", "products"},  # who serves a device; matrix products for models too
     "integrations": PUBLIC,
     "bench": PUBLIC | {"_C", "backends", "training"},  # which name what serves, and choose another to measure it
     "cli": {"bench", "training"},

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from distil_fast import distillation_loss, hidden_loss, logit_mse, mse_loss
 from distil_fast.training.batch import IGNORED, Batch
+from distil_fast.training.dense import by_the_fastest
 from distil_fast.training.protocols import Objective
 from distil_fast.training.settings import InputError, LossConfig
 
@@ -83,13 +84,14 @@ class ClassificationObjective(Objective):
     def forward(self, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and its terms; a sequence without a label has -100, or nan in a regression."""
         loss = self.loss
-        student = self.student(**classifier_inputs(self.student, batch), output_hidden_states=bool(loss.alpha_cos))
         teacher = None
-        if loss.alpha_ce or loss.alpha_cos:
-            assert self.teacher is not None
-            with torch.no_grad():
-                inputs = classifier_inputs(self.teacher, batch)
-                teacher = self.teacher(**inputs, output_hidden_states=bool(loss.alpha_cos))
+        with by_the_fastest(batch.input_ids.device):
+            student = self.student(**classifier_inputs(self.student, batch), output_hidden_states=bool(loss.alpha_cos))
+            if loss.alpha_ce or loss.alpha_cos:
+                assert self.teacher is not None
+                with torch.no_grad():
+                    inputs = classifier_inputs(self.teacher, batch)
+                    teacher = self.teacher(**inputs, output_hidden_states=bool(loss.alpha_cos))
         teacher_logits = teacher.logits if teacher is not None and loss.alpha_ce else None
         outputs = self._regression_terms if self.regression else self._class_terms
         total, ce, label = outputs(student.logits, teacher_logits, batch, counts)

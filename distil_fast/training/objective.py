@@ -21,6 +21,7 @@ from distil_fast import distillation_loss, hidden_loss, linear_distillation_loss
 from distil_fast.linear import in_autocast
 from distil_fast.training.architectures import layer_count
 from distil_fast.training.batch import IGNORED, MaskedBatch
+from distil_fast.training.dense import by_the_fastest
 from distil_fast.training.masked_lm import decoder, encode, transform
 from distil_fast.training.protocols import Objective
 from distil_fast.training.settings import InputError, LossConfig
@@ -101,6 +102,7 @@ class MaskedLMObjective(Objective):
         if not loss.alpha_cos:
             self._pairs = []
         self._head = bool(loss.alpha_ce or loss.alpha_mlm)
+        self._compiled = False
         widths = student.config.hidden_size, teacher.config.hidden_size
         projected = self._pairs if widths[0] != widths[1] else []
         self.projections = nn.ModuleList(
@@ -125,6 +127,7 @@ class MaskedLMObjective(Objective):
 
     def compile_models(self, **options: Any) -> None:
         """torch.compile both encoders in place, with its options; names in checkpoints stay."""
+        self._compiled = True
         for model in (self.student, self.teacher):
             model.base_model.compile(**options)
 
@@ -137,9 +140,10 @@ class MaskedLMObjective(Objective):
         kind = batch.input_ids.device.type
         with nullcontext() if self._autocast is None else torch.autocast(kind, self._autocast):
             rows = self._rows(batch)
-            states_t, features_t = self._teach(batch, rows)
-            layers = {s for s, _ in self._pairs} | ({self._last[0]} if self._head else set())
-            states = _states(self.student, batch, layers)
+            with nullcontext() if self._compiled else by_the_fastest(batch.input_ids.device):
+                states_t, features_t = self._teach(batch, rows)
+                layers = {s for s, _ in self._pairs} | ({self._last[0]} if self._head else set())
+                states = _states(self.student, batch, layers)
             loss = cos = torch.zeros((), device=counts.device)
             ce = mlm = cos
             if self._head:
