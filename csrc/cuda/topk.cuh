@@ -145,7 +145,7 @@ class TopKBody {
 
   // Sets bits, sums probabilities, finds maxima and what is wrong.
   DISTIL_FAST_DEVICE Flaw entries(int row, Row& r, float* top, Team<double>& team) const {
-    hw::sync();  // the row before is done with its bits
+    // the row before is done with its bits: a barrier follows every look at them
     const int words = static_cast<int>(over(a_.cols + W, 32));
     for (int w = hw::thread(); w < words; w += hw::threads()) bits()[w] = 0;
     hw::sync();

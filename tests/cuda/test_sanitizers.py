@@ -76,6 +76,7 @@ class Bug:
 
 
 DESTROYS = "    if (hw::ranks() > 1) hw::cluster_sync();  // in place, the gradient destroys what peers read\n"
+WRITES = "    hw::sync();  // in place, a group is read whole by its thread, the columns of ids too\n"
 AGAIN = "#pragma unroll\n    for (int k = 0; k < n; ++k) v[k] = total[k];"
 ALIGNED = "(reinterpret_cast<uintptr_t>(from) - slice.shift * size) % 16 == 0"
 RELEASE = "    if (count) hw::Arrival::release();\n"
@@ -103,7 +104,7 @@ BUGS = {
         "pair.cuh", "student + slice.begin * static_cast<int64_t>(sizeof(S))", "student"
     ),
     "digits of a sum left out": Bug("pair.cuh", "i + 1 < count; ++i) {", "i + 1 < 1; ++i) {"),
-    "bits cleared too soon": Bug("topk.cuh", "    hw::sync();  // the row before is done with its bits\n", "", THREADS),
+    "ids written while groups are read": Bug("topk.cuh", WRITES, "", THREADS),
     "bits set before they are cleared": Bug("topk.cuh", "bits()[w] = 0;\n    hw::sync();", "bits()[w] = 0;"),
     "a peer's columns destroyed in place": Bug("topk.cuh", DESTROYS, "", THREADS),
     "a row that is no distribution, read on": Bug("row_loss.cuh", "!(r.mass <= a_.any.most)", "false"),
