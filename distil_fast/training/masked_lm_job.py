@@ -7,7 +7,7 @@ objective.py, evaluate.py; run.py, which runs the job.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -52,13 +52,13 @@ class Prepared(NamedTuple):
     untrained: PreTrainedModel
     device: torch.device
 
-    def judged(self) -> list[MaskedBatch]:
-        """Held-out text under fixed masks."""
+    def judged(self) -> Iterator[MaskedBatch]:
+        """Held-out text under fixed masks, made as they are asked for."""
         masking = self.text.masking(
             EVALUATION_MASKING, self.teacher.model.config.vocab_size, self.config.seed, self.device
         )
         held_out = evaluation_batches(self.text.held_out, EVALUATION_BATCH, self.device)
-        return [masking(batch) for batch in held_out]
+        return map(masking, held_out)
 
     def pairs(self) -> list[tuple[int, int]]:
         """The student's layers beside the teacher's that they are copies of."""

@@ -21,14 +21,13 @@ from distil_fast.training.classification_feed import ClassificationFeed, Example
 from distil_fast.training.classifier_student import classifier_student
 from distil_fast.training.comparison import DISTILLED, TEACHER
 from distil_fast.training.job import Job
-from distil_fast.training.masked_lm_job import UNTRAINED
+from distil_fast.training.masked_lm_job import TIMED_LENGTH, UNTRAINED
 from distil_fast.training.protocols import Objective
 from distil_fast.training.results import ModelResults
 from distil_fast.training.settings import GlueConfig, InputError, TrainConfig
 from distil_fast.training.student import evenly_spaced_layers
 
 SCORED_TOGETHER = 32  # examples
-TIMED_LENGTH = 128  # tokens
 
 
 def make(config: TrainConfig, accelerator: Accelerator, console: Console) -> Job:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeAlias
 
@@ -68,10 +68,9 @@ LOSSES: dict[str, LossFunction] = {DISTIL_FAST: triple_loss, PYTORCH: plain_trip
 
 
 def loss_throughput(
-    student: MaskedLM, teacher: MaskedLM, batches: Sequence[MaskedBatch], config: LossConfig, precision: str
+    student: MaskedLM, teacher: MaskedLM, batch: MaskedBatch, config: LossConfig, precision: str
 ) -> dict[str, float]:
     """Real tokens a second of the loss and its gradient alone, on the logits that the models give for a batch."""
-    batch = batches[0]
     with torch.no_grad(), autocast(student.device, precision):
         hidden = [encode(model, batch.input_ids, batch.attention_mask) for model in (student, teacher)]
         logits = [apply_head(model, h) for model, h in zip((student, teacher), hidden, strict=True)]

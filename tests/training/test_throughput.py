@@ -61,7 +61,7 @@ def test_speeds_count_real_tokens_and_leave_the_student_alone(make_teacher: Make
         torch.where(torch.arange(12) == 3, input_ids, IGNORED),
         None,
     )
-    speeds = throughput.loss_throughput(student, teacher, [batch, batch], CONFIG, "fp32")
+    speeds = throughput.loss_throughput(student, teacher, batch, CONFIG, "fp32")
     assert set(speeds) == {"distil_fast", "plain PyTorch"}
     assert 10 < min(speeds.values()) < max(speeds.values()) < 1e7
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
@@ -78,4 +78,4 @@ def test_contenders_that_disagree_are_not_timed(make_teacher: MakeTeacher, monke
     ids = torch.full((2, 12), 7)
     batch = MaskedBatch(ids, torch.ones_like(ids), torch.arange(ids.numel()), ids, None)
     with pytest.raises(RuntimeError, match="disagree and are not timed"):
-        throughput.loss_throughput(student_from_teacher(teacher), teacher, [batch], CONFIG, "fp32")
+        throughput.loss_throughput(student_from_teacher(teacher), teacher, batch, CONFIG, "fp32")
