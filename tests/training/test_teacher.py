@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, PreTrainedModel
 
+from distil_fast.training import teacher as teacher_module
 from distil_fast.training.settings import InputError
 from distil_fast.training.teacher import load_teacher, require_head
 from tests.training.families import FAMILIES, PADDING, VOCABULARY, make_batch, make_model
@@ -63,11 +64,17 @@ def test_a_bert_without_a_head_says_so(tmp_path: Path) -> None:
         require_head(teacher)
 
 
-def test_the_packaged_encoder_is_let_through() -> None:
+def test_the_packaged_encoder_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "an_encoder_in_a_package"  # like the real one, which only the demo installs
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('it must not be imported')")
+    checkpoint(package / "model", model=make_model("bert").bert)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(teacher_module, "PACKAGE", package.name)
     teacher = load_teacher(None)
+    assert teacher.name == package.name
     assert not teacher.has_head
     require_head(teacher)
-    assert teacher.model.config.hidden_size == 384
 
 
 @pytest.mark.parametrize("family", ["roberta", "electra", "distilbert"])
