@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+HOSTS := .venv-hosts
 TORCH ?= torch==2.13.0
 OUTPUT ?= runs/demo
 
-.PHONY: setup demo test test-slow test-slow-cuda test-slow-others bench mutants lint format wheel clean
+.PHONY: setup demo test test-slow test-slow-cuda test-slow-others integrations bench mutants lint format wheel clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +46,18 @@ test-slow-cuda: setup
 test-slow-others: setup
 	$(BIN)/python -m pytest -q -m slow --ignore=tests/test_mutants.py --ignore=tests/cuda
 
+# Other people's trainers have an environment of their own, with a build of its own beside it.
+$(HOSTS)/.installed: pyproject.toml $(SOURCES)
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(HOSTS); \
+	else $(PYTHON) -m venv $(HOSTS) && $(HOSTS)/bin/python -m pip install -q "$(TORCH)"; fi
+	$(HOSTS)/bin/python -m pip install -q "scikit-build-core>=0.11" "pybind11>=2.13" ninja cmake
+	$(HOSTS)/bin/python -m pip install -q --no-build-isolation -e ".[integrations]" \
+	  --config-settings=build-dir=build/hosts --config-settings=cmake.define.DISTIL_FAST_CUDA=OFF
+	touch $@
+
+integrations: $(HOSTS)/.installed
+	$(HOSTS)/bin/python -m pytest -q tests/integrations
+
 mutants: setup
 	$(BIN)/python -m tests.mutants
 
@@ -67,4 +80,4 @@ wheel: setup
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
 clean:
-	rm -rf build dist $(VENV) runs
+	rm -rf build dist $(VENV) $(HOSTS) runs

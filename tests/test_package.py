@@ -74,7 +74,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "training": PUBLIC | {"backends", "products"},  # who serves a device; matrix products for models too
     "integrations": PUBLIC,
-    "bench": PUBLIC | {"_C", "backends", "training"},  # which name what serves, and choose another to measure it
+    "bench": PUBLIC
+    | {"_C", "backends", "integrations", "training"},  # which name what serves, and choose another to measure it
     "cli": {"bench", "training"},
 }
 
@@ -85,8 +86,11 @@ NEEDS: dict[str, set[str]] = {
     "training": RUNTIME
     | {"accelerate", "transformers", "datasets", "pyarrow", "filelock", "jsonargparse", "yaml", "safetensors"}
     | {"rich", "matplotlib"},
-    "integrations": RUNTIME | {"transformers"},
-    "bench": RUNTIME | {"rich", "matplotlib", "liger_kernel", "transformers"},
+    "integrations": RUNTIME
+    | {"transformers", "trl", "torchtune", "textbrewer", "modelopt", "sentence_transformers", "lightning"},
+    "bench": RUNTIME
+    | {"rich", "matplotlib", "transformers"}
+    | {"liger_kernel", "fla", "cut_cross_entropy", "quack", "trl", "torchtune", "textbrewer", "modelopt"},
     "cli": {"rich"},
 }
 
