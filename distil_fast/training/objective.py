@@ -59,7 +59,8 @@ class MaskedLMObjective(Objective):
 
     The teacher is no submodule: not trained, wrapped, saved, or put into training mode. It moves with the module, and
     at the latest to the device of a batch. Everything that reads a parameter does so inside `forward`, as
-    DistributedDataParallel and FSDP require. With alpha_ce and alpha_mlm both 0 the student's head gets no gradient.
+    DistributedDataParallel and FSDP require. With alpha_ce and alpha_mlm both 0 the student's head is not trained: its
+    own parameters are set to need no gradient.
 
     Nothing waits for a GPU, with one exception: where the heads need the masked tokens alone and a batch does not say
     where they are (`masked` is None), the fused head asks how many.
@@ -102,6 +103,10 @@ class MaskedLMObjective(Objective):
         if not loss.alpha_cos:
             self._pairs = []
         self._head = bool(loss.alpha_ce or loss.alpha_mlm)
+        if not self._head:  # DistributedDataParallel waits for a gradient of everything that is trained
+            encoder = set(student.base_model.parameters())
+            for parameter in set(student.parameters()) - encoder:
+                parameter.requires_grad_(False)
         self._compiled = False
         widths = student.config.hidden_size, teacher.config.hidden_size
         projected = self._pairs if widths[0] != widths[1] else []

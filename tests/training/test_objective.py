@@ -158,6 +158,18 @@ def test_a_term_of_weight_zero_is_not_computed(
     assert_same(actual, (*wanted[:2], {k: v for k, v in wanted[2].items() if k in actual[2]}), 2e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_is_trained_gets_a_gradient(family: str) -> None:
+    for alpha in (0.0, 1.0):  # DistributedDataParallel would wait for the head's, where it does not run
+        module = MaskedLMObjective(*models(family), replace(LOSS, alpha_ce=alpha, alpha_mlm=0.0))
+        gradients = run(module, make_batch(family))[2]
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        assert gradients.keys() == trained
+        head = set(module.student.parameters()) - set(module.student.base_model.parameters())
+        assert head
+        assert all(parameter.requires_grad == bool(alpha) for parameter in head)
+
+
 @pytest.mark.parametrize("family", ["bert", "electra", "mpnet"])
 def test_several_layers_are_a_mean(family: str) -> None:
     loss = replace(LOSS, layers=[(0, 0), (1, -3), (-1, 3), (2, 2)])
