@@ -13,9 +13,9 @@ from types import ModuleType
 FOLDER = Path(__file__).parents[2] / "examples"
 
 
-def missing(script: Path) -> list[str]:
-    """Packages that the script needs and that are not here."""
-    line = re.search(r"^needs: (.+)$", script.read_text(), re.MULTILINE)
+def absent(code: str) -> list[str]:
+    """Packages that the code says it needs and that are not here."""
+    line = re.search(r"^(?:# )?needs: (.+)$", code, re.MULTILINE)
     names = line.group(1).split(",") if line else []
     return [name.strip() for name in names if importlib.util.find_spec(name.strip()) is None]
 

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, EmbedDistillLoss, MSELoss
 
-from distil_fast import cosine_loss, mse_loss
+from distil_fast import cosine_loss, divergence_loss, mse_loss
 from tests.integrations.recipes import example
 from tests.training.families import relative_error
 
@@ -79,3 +79,13 @@ def test_another_temperature_is_another_loss(student: Any, targets: dict[str, Te
         value_and_gradients(recipe.ScoreLoss(student, t), targets["scores"], 3, torch.float32) for t in (1.0, 2.0)
     )
     assert relative_error(one[1], two[1]) > 1e-2
+
+
+def test_two_temperatures_are_a_scale_of_the_teachers_scores(student: Any) -> None:
+    g = torch.Generator().manual_seed(1)
+    embeddings = [torch.randn(4, 8, generator=g) for _ in range(4)]
+    labels = torch.randn(4, 3, generator=g)
+    host = DistillKLDivLoss(student, student_temperature=2.0, teacher_temperature=0.5)
+    scores = torch.stack([(embeddings[0] * other).sum(1) for other in embeddings[1:]], 1)
+    ours = divergence_loss(scores, labels, temperature=2.0, teacher_logit_scale=2.0 / 0.5, t_squared=True)
+    torch.testing.assert_close(ours, host.compute_loss_from_embeddings(embeddings, labels), rtol=2e-6, atol=0)
