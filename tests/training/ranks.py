@@ -5,6 +5,7 @@ The environment is what torchrun sets, so that accelerate finds its way as it do
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -198,3 +199,8 @@ def complaint(output: Path, parallel: str, batches: Any, changes: dict[str, Any]
     except InputError as error:
         return str(error)
     return ""
+
+
+def call(module: str, function: str, *args: Any) -> Any:
+    """A function of any module, such as a test's own file."""
+    return getattr(importlib.import_module(module), function)(*args)
