@@ -351,9 +351,9 @@ def test_hidden_near_one_another_the_hosts_difference_of_large_sums_and_our_dive
     """At beta 0 TRL's loss is a weighted gap minus the difference of two normalisers."""
     tensors = heads()
     noise = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
-    tensors[1], tensors[3] = tensors[0] + 1e-4 * noise, tensors[2]
+    tensors[1], tensors[3] = tensors[0] + 3e-5 * noise, tensors[2]
     exact = true_heads(tensors, 0.0)
-    assert relative(graded_heads(host_chunked, tensors, 0.0)[0], exact[0]) > 0.3
+    assert relative(graded_heads(host_chunked, tensors, 0.0)[0], exact[0]) > 1.0
     assert relative(graded_heads(our_chunked(), tensors, 0.0)[0], exact[0]) < 0.01
 
 
