@@ -16,7 +16,6 @@ from distil_fast import TopK, divergence_loss
 from distil_fast.integrations.replaced import HostChangedError, Replaced, expect_parameters
 
 MISSING = ("zero", "symmetric_uniform")
-_ALL_THERE = 2.0**-22  # added to log-probabilities that sum to 1, so that their float32 sum never falls below it
 
 
 class _DivergenceLoss:
@@ -81,7 +80,7 @@ class _DivergenceLoss:
             mask = mask.squeeze(-1)
         return divergence_loss(
             student_outputs.logits,
-            signal.logits if hasattr(signal, "logits") else self._top_k(signal),
+            signal.logits if hasattr(signal, "logits") else self._top_k(signal, student_outputs.logits.dtype),
             divergence=self._divergence,
             temperature=self.temperature,
             t_squared=True,
@@ -89,7 +88,7 @@ class _DivergenceLoss:
             count=num_items_in_batch,
         )
 
-    def _top_k(self, signal: Any) -> TopK:
+    def _top_k(self, signal: Any, dtype: torch.dtype) -> TopK:
         """The signal's k columns, at this loss's temperature."""
         if not hasattr(signal, "sparse_ids") or not hasattr(signal, "sparse_values"):
             raise HostChangedError(
@@ -101,15 +100,16 @@ class _DivergenceLoss:
                 "missing_probability_handling: expected 'zero' beside values that are logits, which do not say what is "
                 "missing, got 'symmetric_uniform'."
             )
-        values = signal.sparse_values
-        values = values if values.dtype == torch.float64 else values.float()
+        values = signal.sparse_values.to(torch.promote_types(dtype, torch.float32))
         power = signal.generation_temperature / self.temperature
         if self.missing == "symmetric_uniform":
             return TopK(signal.sparse_ids, _at_power(values, power), "bucket")
         log_probs = (power * values).log_softmax(-1)
         if self._divergence == "forward_kl":  # what the teacher does not have adds nothing: no tail to compare
             return TopK(signal.sparse_ids, log_probs, "ignore")
-        return TopK(signal.sparse_ids, log_probs + _ALL_THERE, "bucket")
+        # Mass that rounding leaves over would be taken for the teacher's outside the k, where it has none: see to it
+        # that the sum does not fall below 1.
+        return TopK(signal.sparse_ids, log_probs + 2.0 * torch.finfo(values.dtype).eps, "bucket")
 
 
 class KLDLoss(_DivergenceLoss):
