@@ -109,7 +109,7 @@ class _DivergenceLoss:
             return TopK(signal.sparse_ids, log_probs, "ignore")
         # Mass that rounding leaves over would be taken for the teacher's outside the k, where it has none: see to it
         # that the sum does not fall below 1.
-        return TopK(signal.sparse_ids, log_probs + 2.0 * torch.finfo(values.dtype).eps, "bucket")
+        return TopK(signal.sparse_ids, log_probs + 4.0 * torch.finfo(values.dtype).eps, "bucket")
 
 
 class KLDLoss(_DivergenceLoss):
