@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distil_fast.bench.contenders import ABSENT, family
+from distil_fast.bench.contenders import family
 from distil_fast.bench.correctness import Errors
 from distil_fast.bench.measure import Timing
+from distil_fast.bench.peers import ABSENT
 
 SCHEMA = 1
 

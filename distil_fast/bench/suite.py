@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -18,8 +18,9 @@ from distil_fast import _C
 from distil_fast.bench import cases, contenders, correctness, isolated, machine, measure, problems, results
 from distil_fast.bench.cases import Case
 from distil_fast.bench.contenders import Contender, Graphed, Products
-from distil_fast.bench.linear import LinearKLAndCrossEntropy
+from distil_fast.bench.linear import LinearProblem
 from distil_fast.bench.measure import Effort, Sampled, Timing
+from distil_fast.bench.peers import UnavailableError
 from distil_fast.bench.problem import Exact, Problem
 from distil_fast.bench.results import Memory, Results, Row
 
@@ -91,10 +92,9 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     admitted: list[Contender | Graphed | Products] = []
     numbers: list[int] = []
     for case in group:
-        problem = problems.make(case)
-        exact = problem.exact()
+        prepared = Prepared.of(case)
         for name in case.contenders:
-            row, contender = checked(name, case, problem, exact)
+            row, contender = checked(name, case, prepared)
             if contender is not None:
                 admitted.append(contender)
                 numbers.append(len(rows))
@@ -106,23 +106,43 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     return [replace(row, copy_gb_per_s=rate) for row in rows]
 
 
-def checked(name: str, case: Case, problem: Problem, exact: Exact) -> tuple[Row, Contender | Graphed | Products | None]:
+@dataclass(frozen=True)
+class Prepared:
+    """A case's problem and its answer, and both where the models nearly agree, if the problem has such a sibling."""
+
+    problem: Problem
+    exact: Exact
+    near: tuple[Problem, Exact] | None
+
+    @staticmethod
+    def of(case: Case) -> Prepared:
+        problem = problems.make(case)
+        near = problem.nearby()
+        return Prepared(problem, problem.exact(), near and (near, near.exact()))
+
+
+def checked(name: str, case: Case, prepared: Prepared) -> tuple[Row, Contender | Graphed | Products | None]:
     """A contender's row before it is timed, and the contender, unless it is absent, fails, or is wrong."""
+    problem = prepared.problem
     floor_bytes = problem.floor_bytes if case.calls == 1 else 0
     row = Row(case.name, name, floor_bytes)
-    if isinstance(problem, LinearKLAndCrossEntropy) and name == cases.PRODUCTS:
+    if isinstance(problem, LinearProblem) and name == cases.PRODUCTS:
         return row, Products(case, problem)
     try:
         contender = contenders.build(name, case, problem)
         contender.prepare()
-        found = correctness.errors(contender.call(), exact)
+        found = correctness.errors(contender.call(), prepared.exact)
+        if prepared.near and isinstance(contender, Contender):
+            sibling, answer = prepared.near
+            sibling.prepare(contender.function)
+            found = correctness.beside_near(found, correctness.errors(sibling.run(contender.function), answer))
         if case.device == "cuda" and not case.graph:
             row = replace(row, peak_extra_bytes=peak_on_gpu(contender))
-    except contenders.UnavailableError as error:
+    except UnavailableError as error:
         return replace(row, refused=str(error)), None
     except Exception as error:  # whatever stops someone else's code is a line of the table, not the end of the run
         return replace(row, refused=f"fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"), None
-    refused = correctness.verdict(found, case.dtype)
+    refused = correctness.verdict(found, case.dtype, problem.slack)
     return replace(row, errors=found, refused=refused), None if refused else contender
 
 
