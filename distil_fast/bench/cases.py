@@ -7,7 +7,7 @@ Next: problems.py for what a case computes, contenders.py for who computes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -139,7 +139,6 @@ GPU_ROWS = 8192
 VOCABULARIES = (30522, 32000, 50257, 128256, 151936, 256000)
 
 
-
 def _heads(rows: int, cols: int, dtype: torch.dtype, **options: Any) -> tuple[Case, ...]:
     """The fused heads that other libraries have, at a temperature of 1."""
     fast = ("ours fast",) if dtype != FP32 else ()
@@ -200,6 +199,18 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "overhead": OVERHEAD,
     "gpu": GPU,
 }
+
+
+def on_device(suite: str, device: str) -> Sequence[Case]:
+    """The cases of a suite on a device. Those of "loss" and "linear" on a GPU are GPU's, of its sizes."""
+    if device == "cpu" or suite == "gpu":
+        return SUITES[suite]
+    if suite == "overhead":
+        return tuple(replace(case, device=device) for case in OVERHEAD)
+    return tuple(case for case in GPU if bool(case.width) == (suite == "linear"))
+
+
+QUICK = "quick"  # the suite of a newcomer: quick.py
 
 
 class Selectable(Protocol):

@@ -25,12 +25,12 @@ def eager_divergence(kind: Kind, student: Tensor, teacher: Tensor, temperature: 
     `kind`: as the argument `divergence` of distil_fast's losses: "forward_kl", "reverse_kl", "soft_cross_entropy" or
     a JSD.
     """
-    student, teacher = student / temperature, teacher / temperature
+    log_q = F.log_softmax(student / temperature, -1)
     if kind == "forward_kl":
-        return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="batchmean")
+        return F.kl_div(log_q, F.softmax(teacher / temperature, -1), reduction="batchmean")
     if kind == "soft_cross_entropy":
-        return -(F.softmax(teacher, -1) * F.log_softmax(student, -1)).sum(-1).mean()
-    log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+        return -(F.softmax(teacher / temperature, -1) * log_q).sum(-1).mean()
+    log_p = F.log_softmax(teacher / temperature, -1)
     if kind == "reverse_kl":
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
     assert isinstance(kind, distil_fast.JSD)

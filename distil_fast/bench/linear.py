@@ -162,7 +162,6 @@ class LinearKLAndCrossEntropy(LinearProblem):
 class LinearKL(LinearProblem):
     """T^2 KL(teacher || student) alone."""
 
-    default_temperature = 2.0
     soft_weight = 1.0
 
     def nearby(self) -> Problem:
@@ -194,7 +193,6 @@ class LinearKL(LinearProblem):
 class LinearJSD(LinearKL):
     """The generalised Jensen-Shannon divergence at beta 0.5, alone and without T^2, as TRL and Liger have it."""
 
-    default_temperature = 1.0
     divergence = distil_fast.JSD(BETA)
     slack = LOG_SPACE_SLACK
     t_squared = False

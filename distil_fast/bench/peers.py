@@ -186,8 +186,8 @@ def torchtune_chunked(problem: Problem, device: str) -> Function:
 
 
 def _torchtune(problem: Problem, chunked: str) -> Function:
-    names = {SoftCrossEntropy: "ForwardKL", ReverseKL: "ReverseKL"}
-    name = names.get(type(problem))  # type: ignore[call-overload]
+    names: dict[type[Problem], str] = {SoftCrossEntropy: "ForwardKL", ReverseKL: "ReverseKL"}
+    name = names.get(type(problem))
     if name is None or getattr(problem, "temperature", None) != 1.0:
         raise _no_kernel("torchtune", problem)
     try:

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import distil_fast
-from distil_fast import reference, reference_topk
+from distil_fast import reference
 from distil_fast.bench.cases import Case
 from distil_fast.bench.formulas import BETA, LOG_SPACE_SLACK, Kind, eager_divergence, eager_top_k
 from distil_fast.bench.linear import LinearCrossEntropy, LinearJSD, LinearKL, LinearKLAndCrossEntropy
@@ -255,16 +255,9 @@ class TopKKL(LossProblem):
 
     def definition(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         ids, log_probs = teacher.chunk(2, -1)
-        return reference_topk.topk_loss(
-            student,
-            ids.long(),
-            log_probs,
-            tail="ignore",
-            temperature=self.temperature,
-            soft_mask=mask,
-            soft_count=self.count,
-            t_squared=False,
-        ).loss
+        log_q = reference.log_softmax(student, self.temperature).gather(-1, ids.long())
+        rows = (log_probs.exp() * (log_probs - log_q)).sum(-1)
+        return torch.where(mask, rows, 0.0).sum() / self.count
 
 
 class CrossEntropy(LossProblem):

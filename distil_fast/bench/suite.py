@@ -19,7 +19,7 @@ from distil_fast.bench import cases, contenders, correctness, isolated, machine,
 from distil_fast.bench.cases import Case
 from distil_fast.bench.contenders import Contender, Graphed, Products
 from distil_fast.bench.linear import LinearProblem
-from distil_fast.bench.measure import Effort, Sampled, Timing
+from distil_fast.bench.measure import Canary, Effort, Sampled, Timing
 from distil_fast.bench.peers import UnavailableError
 from distil_fast.bench.problem import Exact, Problem
 from distil_fast.bench.results import Memory, Results, Row
@@ -30,12 +30,20 @@ Note = Callable[[str], None]
 
 
 def run(
-    chosen: Sequence[Case], memory: Sequence[Case], effort: Effort, *, processes: int, command: str, note: Note
+    chosen: Sequence[Case],
+    memory: Sequence[Case],
+    effort: Effort,
+    *,
+    processes: int,
+    command: str,
+    note: Note,
+    without_peak: Sequence[str] = NO_PEAK,
 ) -> Results:
     """Measures the cases and the peak memory of `memory`; `note` is told what is going on."""
 
     def finish(found: Results) -> Results:
-        return replace(found, rows=_with_isolated(found, chosen, note), memory=_beyond_gradient(memory, note))
+        rows = _with_isolated(found, chosen, note, without_peak)
+        return replace(found, rows=rows, memory=_beyond_gradient(memory, note))
 
     return conducted(_timed, chosen, effort, finish, processes=processes, command=command, note=note)
 
@@ -74,17 +82,22 @@ def _timed(chosen: Sequence[Case], effort: Effort, note: Note = lambda text: Non
     evict = measure.CacheEvictor(chosen[0].device)
     copy = measure.Copy(evict)
     rows: list[Row] = []
+    copied: list[float] = []
     try:
         for group in cases.groups(chosen):
             note(f"{group[0].name}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
-            rows += _timed_group(group, copy, effort, evict)
+            found, seconds = _timed_group(group, copy, effort, evict)
+            rows += found
+            copied += seconds
     finally:
         _C.use_instruction_set(contenders.BEST_INSTRUCTION_SET)
-    return Results(rows, copy.method)
+    return Results(rows, copy.method, canary=Canary.of(copied))
 
 
-def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: measure.CacheEvictor) -> list[Row]:
-    """The rows of cases that are timed in turn, the copy beside them."""
+def _timed_group(
+    group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: measure.CacheEvictor
+) -> tuple[list[Row], list[float]]:
+    """The rows of cases that are timed in turn, and the times of the copy beside them."""
     torch._dynamo.reset()  # other groups' compiled code
     if group[0].device == "cuda":
         torch.cuda.empty_cache()
@@ -103,7 +116,7 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     for number, seconds in zip(numbers, samples, strict=True):
         rows[number] = replace(rows[number], timing=Timing.of(seconds))
     rate = copy.gb_per_s(statistics.median(copied))
-    return [replace(row, copy_gb_per_s=rate) for row in rows]
+    return [replace(row, copy_gb_per_s=rate) for row in rows], copied
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class Prepared:
     def of(case: Case) -> Prepared:
         problem = problems.make(case)
         near = problem.nearby()
-        return Prepared(problem, problem.exact(), near and (near, near.exact()))
+        return Prepared(problem, problem.exact(), (near, near.exact()) if near else None)
 
 
 def checked(name: str, case: Case, prepared: Prepared) -> tuple[Row, Contender | Graphed | Products | None]:
@@ -157,14 +170,14 @@ def peak_on_gpu(contender: Sampled) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _with_isolated(found: Results, chosen: Sequence[Case], note: Note) -> list[Row]:
+def _with_isolated(found: Results, chosen: Sequence[Case], note: Note, without_peak: Sequence[str]) -> list[Row]:
     """The rows with their peak memory, and rows of first calls, each from fresh processes."""
     rows: list[Row] = []
     for case in chosen:
         own = [row for row in found.rows if row.case == case.name]
         if case.calls == 1 and case.device == "cpu":
             note(f"peak memory of {case.name}")
-            names = [row.contender for row in own if row.timing and row.contender not in NO_PEAK]
+            names = [row.contender for row in own if row.timing and row.contender not in without_peak]
             names.sort(key=lambda name: name != "ours")
             peaks = isolated.fresh(isolated.peak_extra_bytes, case, tuple(names))
             own = [replace(row, peak_extra_bytes=peaks.get(row.contender)) for row in own]
