@@ -132,13 +132,14 @@ def test_suites_on_a_gpu_have_its_cases() -> None:
 
 
 def test_a_newcomers_cases_shrink_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "available_bytes", lambda device: 2 * room.GIB)
+    monkeypatch.setattr(room, "available_bytes", lambda device: 4 * room.GIB)
     full = quick.losses("cpu")
-    assert {case.rows for case in full} == {512}
-    monkeypatch.setattr(room, "available_bytes", lambda device: room.GIB)
+    assert {case.rows for case in full} == {quick.ROWS["cpu"], quick.ROWS["cpu"] // 2}
+    free = room.needed_bytes(full[0]) - 1
+    monkeypatch.setattr(room, "available_bytes", lambda device: free)
     shrunk = quick.losses("cpu")
-    assert all(quick.FEWEST_ROWS <= case.rows < 512 for case in shrunk if case.dtype == FP32)
-    assert all(room.needed_bytes(case) <= room.GIB for case in shrunk)
+    assert shrunk[0].rows == full[0].rows // 2
+    assert all(room.needed_bytes(case) <= free for case in shrunk)
 
 
 @pytest.mark.usefixtures("small")
