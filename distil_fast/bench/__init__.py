@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("overhead", "the cost of a call, on tensors so small that nothing else counts"),
         ("train", "whole training steps beside the original DistilBERT trainer's and modern PyTorch's"),
         ("train-gpu", "the same on a GPU, at the shape of BERT-base and DistilBERT"),
+        ("integrations", "the losses of other people's trainers, and ours in their place"),
         ("encoders", "parameters and latency of BERT-base and DistilBERT"),
     ):
         suite = commands.add_parser(name, help=text, description=text)
@@ -43,10 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         suite.add_argument("--json", metavar="FILE", type=Path, help="write the results")
         suite.add_argument("--png", metavar="FILE", type=Path, help="draw them")
+        suite.add_argument("--html", metavar="FILE", type=Path, help="write a report with plots, one page by itself")
     show = commands.add_parser("show", help="the tables of an earlier run", description="The tables of an earlier run.")
-    show.add_argument("file", metavar="FILE", type=Path, help="what --json wrote")
+    show.add_argument("files", metavar="FILE", type=Path, nargs="+", help="what --json wrote")
     show.add_argument("--markdown", action="store_true", help="tables in Markdown")
-    show.add_argument("--png", metavar="FILE", type=Path, help="draw them")
+    show.add_argument("--png", metavar="FILE", type=Path, help="draw them; of one FILE")
+    show.add_argument("--html", metavar="FILE", type=Path, help="write one report of all of them, with plots")
 
 
 def _at_least_one(text: str) -> int:
@@ -63,22 +66,39 @@ def run(arguments: argparse.Namespace) -> int:
     from distil_fast.bench import report, results
 
     console = Console()
-    if arguments.suite == "show":
-        found = results.load(arguments.file)
+    shown = arguments.suite == "show"
+    if shown:
+        runs = [results.load(file) for file in arguments.files]
     else:
-        found = _measured(arguments, console)
+        runs = [_measured(arguments, console)]
         if arguments.json:
-            results.save(found, arguments.json)
-    report.show(found, console, markdown=arguments.suite == "show" and arguments.markdown)
+            results.save(runs[0], arguments.json)
+    for found in runs:
+        report.show(found, console, markdown=shown and arguments.markdown)
     if arguments.png:
-        from distil_fast.bench import plot, plot_vocabulary
+        _draw(runs, arguments.png)
+    if arguments.html:
+        from distil_fast.bench import html_report
 
-        over_vocabulary = any(found.row(case.name, "ours") for case in plot_vocabulary.cases())
-        try:
-            (plot_vocabulary if over_vocabulary else plot).save(found, arguments.png)
-        except ValueError as error:
-            raise SystemExit(f"bench: no {arguments.png}: {error}.") from None
-    return int(any(row.is_our_fault for row in found.rows))
+        html_report.write(runs, arguments.html)
+    return int(any(row.is_our_fault for found in runs for row in found.rows))
+
+
+def _draw(runs: Sequence[Results], path: Path) -> None:
+    """The picture of one run.
+
+    Raises:
+        SystemExit: there are several, or the run has nothing that is drawn.
+    """
+    from distil_fast.bench import plot, plot_vocabulary
+
+    if len(runs) > 1:
+        raise SystemExit(f"bench: no {path}: expected one FILE to draw, got {len(runs)}. --html takes several.")
+    over_vocabulary = any(runs[0].row(case.name, "ours") for case in plot_vocabulary.cases())
+    try:
+        (plot_vocabulary if over_vocabulary else plot).save(runs[0], path)
+    except ValueError as error:
+        raise SystemExit(f"bench: no {path}: {error}.") from None
 
 
 def _measured(arguments: argparse.Namespace, console: Console) -> Results:
@@ -107,6 +127,10 @@ def _measured(arguments: argparse.Namespace, console: Console) -> Results:
             from distil_fast.bench import train
 
             return train.run(select(train_cases.SUITES[arguments.suite]), effort, **how)
+        if arguments.suite == "integrations":
+            from distil_fast.bench import hosts, integrations
+
+            return integrations.run(select(hosts.CASES), effort, **how)
         with_memory = arguments.suite == "loss" and not arguments.quick and not arguments.filter
         memory = cases.MEMORY if with_memory else ()
         return suite.run(select(cases.SUITES[arguments.suite]), memory, effort, **how)

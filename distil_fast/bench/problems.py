@@ -18,6 +18,8 @@ from torch import Tensor
 import distil_fast
 from distil_fast import reference
 from distil_fast.bench.cases import Case
+from distil_fast.bench.host_problem import HiddenHostProblem, HostProblem
+from distil_fast.bench.hosts import HOSTS
 from distil_fast.bench.linear import LinearKLAndCrossEntropy
 from distil_fast.bench.problem import (
     DIFFERENCE,
@@ -237,6 +239,7 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "linear KL+CE": LinearKLAndCrossEntropy,
     "softmax": Softmax,
     "softmax backward": SoftmaxBackward,
+    **{host.name: HiddenHostProblem if host.hidden else HostProblem for host in HOSTS},
 }
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distil_fast.bench import targets, train_report
+from distil_fast.bench import integrations, targets, train_report
 from distil_fast.bench.cases import PRODUCTS
 from distil_fast.bench.correctness import Errors
 from distil_fast.bench.results import Results, Row
@@ -40,17 +40,28 @@ def show(results: Results, console: Console, *, markdown: bool = False) -> None:
         console = Console(file=console.file, width=WIDE, color_system=None)
     for line in header(results):
         _say(console, line)
-    of_training = train_report.tables(results)
-    for table in (*(of_training or (measurements(results), memory(results))), reached(results)):
-        if table.row_count:
-            console.print()
-            table.box = box.MARKDOWN if markdown else box.SIMPLE_HEAD
-            console.print(table)
+    for table in tables(results):
+        console.print()
+        table.box = box.MARKDOWN if markdown else box.SIMPLE_HEAD
+        console.print(table)
     for row in results.rows:
         if row.refused:
             _say(console, f"{row.case}: {row.contender} was not timed: {row.refused}")
-    for note in train_report.NOTES if of_training else NOTES:
+    for note in notes(results):
         _say(console, note)
+
+
+def tables(results: Results) -> list[Table]:
+    """Those that have rows, of whatever suite it was."""
+    own = train_report.tables(results) or integrations.tables(results) or [measurements(results), memory(results)]
+    return [table for table in (*own, reached(results)) if table.row_count]
+
+
+def notes(results: Results) -> tuple[str, ...]:
+    """What a reader of the tables must know."""
+    if train_report.tables(results):
+        return train_report.NOTES
+    return integrations.NOTES if integrations.tables(results) else NOTES
 
 
 def _say(console: Console, text: str) -> None:
