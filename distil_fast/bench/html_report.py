@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distil_fast.bench import html_plots, report
+from distil_fast.bench.hosts import BEFORE
 from distil_fast.bench.results import Results, Row
 from distil_fast.bench.tables import MIB, number
 from distil_fast.training.atomic import replacing
@@ -53,7 +54,8 @@ def _summary(results: Results) -> list[tuple[str, str, str]]:
 def _compared(case: str, first: Row, ours: Row) -> list[tuple[str, str, str]]:
     assert first.timing is not None
     assert ours.timing is not None
-    than, ms = first.contender, (first.timing.p50, ours.timing.p50)
+    than = "the host's own" if first.contender == BEFORE else first.contender
+    ms = (first.timing.p50, ours.timing.p50)
     found = [(f"{number(ms[0] / ms[1])} x", f"as fast as {than}", f"{case}: {number(ms[0])} to {number(ms[1])} ms")]
     if first.peak_extra_bytes and ours.peak_extra_bytes:
         mib = [row.peak_extra_bytes / MIB for row in (first, ours) if row.peak_extra_bytes]

@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 48  # margins for ticks and titles of axes
 SLOT, BAR = 23, 15  # heights of a bar with and without its margin
 NAMES, VALUES = 128, 156  # widths kept for the names left of bars and for the words right of them
+START = 0.3  # decades that the shortest bar is long
 MANY_DECADES = 3  # of an axis, beyond which only powers of ten are marked
 
 
@@ -114,7 +115,7 @@ def plot(
 def bars(shown: Sequence[Bar], title: str, ends: tuple[float, float]) -> str:
     """Named bars, one below the other, over a logarithmic axis between two values that lie within `ends`; a dashed line
     at 1. What is not positive and finite has no bar, only its words."""
-    across = _Axis(math.log10(min(ends[0], 1.0)) - 0.05, max(math.log10(ends[1]), 1.0), NAMES, WIDTH - VALUES)
+    across = _Axis(math.log10(min(ends[0], 1.0)) - START, max(math.log10(ends[1]), 1.0), NAMES, WIDTH - VALUES)
     height = SLOT * len(shown) + 2
     column = across(1.0)
     parts = [_bar(bar, across, 2 + SLOT * number) for number, bar in enumerate(shown)]
@@ -152,7 +153,7 @@ def _frame(across: _Axis, up: _Axis, x_title: str, y_title: str, x_ticks: Sequen
     for tick in x_ticks or across.ticks():
         column = across(tick)
         parts.append(f'<line class="grid" x1="{column:.1f}" x2="{column:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        if column - last > 34:  # pixels that a number needs
+        if column - last > 40:  # pixels that a number needs
             words = f"{tick / 1000:.0f}k" if x_ticks and tick >= 1000 else number(tick)
             parts.append(f'<text x="{column:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{words}</text>')
             last = column
