@@ -7,7 +7,7 @@ Next: problems.py for what a case computes, contenders.py for who computes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,7 +30,8 @@ class Case:
     one sample times: more than one where a call takes microseconds, which then also finds its data in cache.
     Linear problems have a `width`, of the hidden states, and a `teacher_width` where it differs.
     `first_calls` asks for a further row: calls that get memory which the process has never used before. `graph`: on a
-    GPU, the call is captured in a graph once, and replayed.
+    GPU, the call is captured in a graph once, and replayed. `labelled`: the share of rows that take part in the loss;
+    the others have no label and no place in the divergence. `top_k`: of the teacher's columns, where it has them alone.
     """
 
     problem: str
@@ -50,15 +51,23 @@ class Case:
     graph: bool = False
     width: int = 0
     teacher_width: int = 0
+    labelled: float = 1.0
+    top_k: int = 0
 
     @property
     def name(self) -> str:
         """What tells this case from every other."""
         parts = [self.problem, DTYPE_NAMES[self.dtype], f"{self.rows}x{self.cols}"]
+        if self.top_k:
+            parts.append(f"k={self.top_k}")
         if self.width:
             parts.append(f"H={self.width}" + (f"/{self.teacher_width}" if self.teacher_width else ""))
         elif self.temperature is not None:
-            parts += ["in place" if self.inplace else "fresh", f"T={self.temperature:g}"]
+            parts.append("in place" if self.inplace else "fresh")
+        if self.temperature is not None:
+            parts.append(f"T={self.temperature:g}")
+        if self.labelled != 1.0:
+            parts.append(f"labelled={self.labelled:.0%}")
         if self.grad_output != 1.0:
             parts.append(f"grad_output={self.grad_output:g}")
         if self.shifted:
@@ -66,6 +75,20 @@ class Case:
         if self.graph:
             parts.append("graph")
         return " ".join(parts)
+
+
+def _divergences(rows: int, cols: int, dtype: torch.dtype, **options: Any) -> tuple[Case, ...]:
+    """The divergences that other trainers have losses of, at their temperature of 1."""
+
+    def case(problem: str, *others: str, **more: Any) -> Case:
+        return Case(problem, rows, cols, dtype, contenders=("eager", "compiled", *others, "ours"), **more, **options)
+
+    return (
+        case("JSD", "liger", "trl"),
+        case("soft CE", "torchtune", "torchtune chunked"),
+        case("reverse KL", "liger", "trl", "torchtune", "torchtune chunked"),
+        case("KL", "liger", "trl", temperature=2.0),
+    )
 
 
 _CALL = "call overhead"
@@ -89,6 +112,9 @@ LOSS: tuple[Case, ...] = (
     Case("softmax", *_MAIN),
     Case("softmax backward", *_MAIN),
     Case("cosine", 4096, 768),
+    *(case for dtype in (FP32, BF16) for case in _divergences(*_MAIN, dtype)),
+    Case("top-k KL", *_MAIN, FP32, temperature=2.0, top_k=64),
+    Case("KL+CE", *_MAIN, FP32, temperature=2.0, labelled=0.15),
 )
 
 OVERHEAD: tuple[Case, ...] = (
@@ -104,8 +130,23 @@ MEMORY: tuple[Case, ...] = tuple(
 
 PRODUCTS = "products"  # the four matrix products of the heads alone: the yardstick of linear cases
 WITH_HEADS = (PRODUCTS, "eager", "compiled", "liger", "ours")
+HEAD_PEERS = {
+    "linear KL": ("liger", "liger triton", "trl", "fla"),
+    "linear JSD": ("liger", "liger triton", "trl"),
+    "linear CE": ("liger triton", "fla", "cut-cross-entropy", "quack"),
+}
 GPU_ROWS = 8192
 VOCABULARIES = (30522, 32000, 50257, 128256, 151936, 256000)
+
+
+def _heads(rows: int, cols: int, dtype: torch.dtype, **options: Any) -> tuple[Case, ...]:
+    """The fused heads that other libraries have, at a temperature of 1."""
+    fast = ("ours fast",) if dtype != FP32 else ()
+    return tuple(
+        Case(problem, rows, cols, dtype, contenders=(PRODUCTS, "eager", "compiled", *peers, "ours", *fast), **options)
+        for problem, peers in HEAD_PEERS.items()
+    )
+
 
 LINEAR: tuple[Case, ...] = (
     *(
@@ -117,6 +158,7 @@ LINEAR: tuple[Case, ...] = (
         Case("linear KL+CE", 512, cols, FP32, contenders=WITH_HEADS, width=384, quick=True)
         for cols in (30522, 50257, 128256, 151936)
     ),
+    *(case for dtype in (FP32, BF16) for case in _heads(512, 30522, dtype, width=384)),
 )
 ON_GPU = ("eager", "compiled", "liger", "ours", "ours cuda", "ours triton")
 
@@ -134,13 +176,15 @@ def _gpu() -> Iterator[Case]:
         yield case("KL+CE", cols, FP32, temperature=2.0)
         yield case("KL+CE", cols, temperature=2.0, inplace=True)
         yield case("KL+CE value", cols, temperature=2.0)
-        yield case("KL", cols, temperature=2.0)
-        yield case("CE", cols)
+        yield case("CE", cols, contenders=(*ON_GPU, "quack"))
         yield case("softmax", cols)
         yield case("softmax backward", cols)
     yield case("KL+CE", 30522, temperature=2.0, grad_output=0.25)
     yield case("KL+CE", 30522, FP16, temperature=2.0, grad_output=LOSS_SCALE)
     yield case("cosine", 768)
+    for cols in (30522, 128256):
+        yield from _divergences(GPU_ROWS, cols, BF16, device="cuda")
+        yield from _heads(GPU_ROWS, cols, BF16, width=2048, teacher_width=4096, device="cuda")
     for rows in (4096, GPU_ROWS):
         contenders = (*WITH_HEADS, "ours fast")
         yield case("linear KL+CE", 128256, rows=rows, contenders=contenders, width=2048, teacher_width=4096)
@@ -155,6 +199,18 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "overhead": OVERHEAD,
     "gpu": GPU,
 }
+
+
+def on_device(suite: str, device: str) -> Sequence[Case]:
+    """The cases of a suite on a device. Those of "loss" and "linear" on a GPU are GPU's, of its sizes."""
+    if device == "cpu" or suite == "gpu":
+        return SUITES[suite]
+    if suite == "overhead":
+        return tuple(replace(case, device=device) for case in OVERHEAD)
+    return tuple(case for case in GPU if bool(case.width) == (suite == "linear"))
+
+
+QUICK = "quick"  # the suite of a newcomer: quick.py
 
 
 class Selectable(Protocol):

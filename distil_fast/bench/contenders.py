@@ -1,8 +1,8 @@
-"""Who computes a case: eager torch, compiled torch, Liger, and distil_fast by instruction set or backend.
+"""Who computes a case: eager torch, compiled torch, other libraries, and distil_fast by instruction set or backend.
 
 "eager" is torch as its users write it, "compiled" is torch.compile of that with static shapes; on a CPU the mode
 max-autotune-no-cudagraphs generates the same code for these formulas (it tunes matrix products), so the default stands
-for both. It knows nothing of time or truth. Next: measure.py.
+for both. It knows nothing of time or truth. Next: peers.py for the other libraries; measure.py.
 """
 
 from __future__ import annotations
@@ -12,26 +12,20 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from distil_fast import _C, backends
 from distil_fast.bench.cases import PRODUCTS, Case
 from distil_fast.bench.host_problem import HostProblem
-from distil_fast.bench.linear import LinearKLAndCrossEntropy
-from distil_fast.bench.problem import HARD_WEIGHT, SOFT_WEIGHT, Function, Outcome, Problem
-from distil_fast.bench.problems import KL, CrossEntropy, KLAndCrossEntropy
+from distil_fast.bench.linear import LinearProblem
+from distil_fast.bench.peers import ABSENT, PEERS, UnavailableError
+from distil_fast.bench.problem import Function, Outcome, Problem
 
 BEST_INSTRUCTION_SET = _C.instruction_set()
-ABSENT = "not available"  # how the reason begins where the machine lacks something
 WARM_UP_CALLS = 3  # before a graph is captured, as torch's notes on graphs advise
 MORE_THAN_CASES = 64  # compilations of one formula, for as many dtypes and layouts as a group has
 
 Compiled = TypeVar("Compiled", bound="Callable[..., Any]")
-
-
-class UnavailableError(Exception):
-    """This contender does not run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,7 @@ class Contender:
         """What must be done before a call, outside the clock."""
         _C.use_instruction_set(self.instruction_set)
         self.problem.backend = self.backend
-        if isinstance(self.problem, LinearKLAndCrossEntropy):
-            self.problem.precision = self.precision
+        self.problem.precision = self.precision
         self.problem.prepare(self.function)
 
     def call(self) -> Outcome:
@@ -72,7 +65,7 @@ class Products:
     """The matrix products of a linear problem alone: no answer, but what every answer costs at least."""
 
     case: Case
-    problem: LinearKLAndCrossEntropy
+    problem: LinearProblem
     name: str = PRODUCTS
     calls: int = 1
 
@@ -128,39 +121,6 @@ def compiled(function: Compiled) -> Compiled:
     return cast(Compiled, torch.compile(function, fullgraph=True, dynamic=False))
 
 
-def _liger(problem: Problem, case: Case) -> Function:
-    """Liger's kernels from logits: its JSD at beta 0 (forward KL) of log_softmax, plus its cross-entropy."""
-    if isinstance(problem, LinearKLAndCrossEntropy):
-        return _liger_linear(problem)
-    try:
-        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerJSD
-    except ImportError:
-        raise UnavailableError(f"{ABSENT}: liger-kernel is not installed") from None
-    jsd, cross_entropy = LigerJSD(beta=0.0), LigerCrossEntropyLoss()
-    t = case.temperature or 1.0
-
-    def soft(student: Tensor, teacher: Tensor) -> Tensor:
-        return jsd(F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)) * t**2
-
-    if isinstance(problem, KLAndCrossEntropy):
-        return lambda s, t, y: soft(s, t) * SOFT_WEIGHT + cross_entropy(s, y) * HARD_WEIGHT
-    if isinstance(problem, KL):
-        return lambda s, t, _: soft(s, t)
-    if isinstance(problem, CrossEntropy):
-        return lambda s, _, y: cross_entropy(s, y)
-    raise UnavailableError(f"{ABSENT}: Liger has no kernel of {case.problem}")
-
-
-def _liger_linear(problem: LinearKLAndCrossEntropy) -> Function:
-    """Liger's chunked distillation, compiled, at its default chunk of 1024 rows: plain torch, on any device."""
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    except ImportError:
-        raise UnavailableError(f"{ABSENT}: liger-kernel is not installed") from None
-    t = problem.temperature
-    return LigerFusedLinearJSDLoss(HARD_WEIGHT, SOFT_WEIGHT * t**2, beta=0.0, temperature=t)
-
-
 FUNCTIONS: dict[str, Callable[[Problem], Function]] = {
     "eager": lambda problem: problem.formula,
     "eager float32": lambda problem: _in_float32(problem.formula),
@@ -172,7 +132,7 @@ FUNCTIONS: dict[str, Callable[[Problem], Function]] = {
 
 
 def family(name: str) -> str:
-    """ "eager", "compiled", "liger" or "ours"."""
+    """The first word of a contender's name: "eager", "compiled", a library, or "ours"."""
     return name.partition(" ")[0]
 
 
@@ -192,8 +152,8 @@ def _build(name: str, case: Case, problem: Problem) -> Contender:
         return _of_host(name, case, problem)
     if name in FUNCTIONS:
         return Contender(case, name, problem, FUNCTIONS[name](problem))
-    if name == "liger":
-        return Contender(case, name, problem, _liger(problem, case))
+    if name in PEERS:
+        return Contender(case, name, problem, PEERS[name](problem, case.device))
     if family(name) != "ours":
         raise KeyError(name)
     held_to = name.removeprefix("ours ")

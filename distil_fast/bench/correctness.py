@@ -1,7 +1,7 @@
 """Whether a contender computes what it should: its errors against float64, and the line beyond which it is not timed.
 
 The line is drawn far from rounding: it is there for what is wrong, and the errors stand in the table for the rest.
-It knows nothing of time. Next: loss.py, which asks before it times.
+It knows nothing of time. Next: suite.py, which asks before it times.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (3e-2, 1e-2), torch.f
 
 class Errors(NamedTuple):
     """Relative errors: |loss - exact| / |exact| of the loss; ||array - exact|| / ||exact|| over the checked rows of
-    the array, where the models differ and where they nearly agree. inf where a value is not finite."""
+    the array, where the models differ (`loss`, `array`) and where they nearly agree (`near_loss`, `near`). inf where
+    a value is not finite."""
 
     loss: float | None
     array: float
     near: float | None
+    near_loss: float | None = None
 
 
 def errors(outcome: Outcome, exact: Exact) -> Errors:
@@ -39,9 +41,15 @@ def errors(outcome: Outcome, exact: Exact) -> Errors:
     return Errors(loss, array, _relative(got[far:], exact.array[far:]) if exact.near else None)
 
 
-def verdict(found: Errors, dtype: torch.dtype) -> str | None:
-    """Why a contender with these errors is not timed; None if it is."""
+def beside_near(found: Errors, near: Errors) -> Errors:
+    """The errors where the models differ, beside those of the same call where they nearly agree in every row."""
+    return found._replace(near=near.near if near.near is not None else near.array, near_loss=near.loss)
+
+
+def verdict(found: Errors, dtype: torch.dtype, slack: float = 1.0) -> str | None:
+    """Why a contender with these errors is not timed; None if it is. `slack`: Problem.slack."""
     loss, array = TOLERANCES[dtype]
+    array *= slack if dtype != torch.float32 else 1.0
     if found.loss is not None and found.loss > loss:
         return f"wrong: relative error of the loss {found.loss:.1e}, expected at most {loss:.0e}"
     if found.array > array:

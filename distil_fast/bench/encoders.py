@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from distil_fast.bench import measure, suite
-from distil_fast.bench.measure import Effort, Timing
+from distil_fast.bench.measure import Canary, Effort, Timing
 from distil_fast.bench.results import Results, Row
 from distil_fast.bench.train_cases import BERT_BASE, DISTILBERT, PARAMETERS, EncoderCase
 
@@ -68,14 +68,16 @@ def timed(chosen: Sequence[EncoderCase], effort: Effort, note: suite.Note = lamb
     evict = measure.CacheEvictor()
     copy = measure.Copy(evict)
     rows: list[Row] = []
+    copies: list[float] = []
     for case in chosen:
         note(case.name)
         made = models(case)
         input_ids = torch.arange(case.length).unsqueeze(0) + min(FIRST_WORD, case.vocabulary - case.length)
         contenders = [Encoder(model, input_ids) for model in made.values()]
         copied, *samples = measure.in_turn([copy, *contenders], effort, evict)
+        copies += copied
         rate = copy.gb_per_s(statistics.median(copied))
         for (name, model), seconds in zip(made.items(), samples, strict=True):
             facts = {PARAMETERS: float(sum(p.numel() for p in model.parameters()))}
             rows.append(Row(case.name, name, 0, rate, facts=facts, timing=Timing.of(seconds)))
-    return Results(rows, copy.method)
+    return Results(rows, copy.method, canary=Canary.of(copies))

@@ -78,7 +78,7 @@ def _run(results: Results) -> str:
         _headed("Error and time", figures(html_plots.error_over_time(results))),
         _headed("Numbers", "".join(map(_table, report.tables(results)))),
         "".join(f'<p class="notes">{escape(note)}</p>' for note in report.notes(results)),
-        _headed("Not timed", _refused(results.rows)),
+        _headed("Not timed", _refused(results)),
         _headed(
             "Machine and versions", definitions({"command": results.command, "date": results.date} | results.machine)
         ),
@@ -94,14 +94,11 @@ def _headed(title: str, content: str) -> str:
     return f"<h3>{escape(title)}</h3>{content}" if content else ""
 
 
-def _refused(rows: Sequence[Row]) -> str:
-    items = (
-        f"<li>{escape(row.case)}: <b>{escape(row.contender)}</b>: {escape(row.refused)}</li>"
-        for row in rows
-        if row.refused
-    )
-    listed = "".join(items)
-    return f'<ul class="refused">{listed}</ul>' if listed else ""
+def _refused(results: Results) -> str:
+    reasons = [(row.case, row.contender, row.refused) for row in results.rows if row.refused]
+    reasons += [(case, "everyone", reason) for case, reason in results.left_out.items()]
+    items = (f"<li>{escape(case)}: <b>{escape(who)}</b>: {escape(reason)}</li>" for case, who, reason in reasons)
+    return f'<ul class="refused">{"".join(items)}</ul>' if reasons else ""
 
 
 def _table(made: Table) -> str:

@@ -1,7 +1,7 @@
 """How things are timed: in turn, warm, with cold caches, and beside a copy of memory, on a CPU or a GPU.
 
 Everything that is compared is sampled in the same rounds, so that a slow minute of the machine falls on all alike; what
-is slow itself takes part in fewer of them. It knows nothing of losses. Next: loss.py.
+is slow itself takes part in fewer of them. It knows nothing of losses. Next: suite.py.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class Effort:
 TRIALS = 9  # of each way to copy
 COPIED_ON_GPU = 1 << 30  # bytes
 HEAD_START = 2_000_000  # cycles of a GPU, about a millisecond
-FULL = Effort(warm_up=2.0, budget=1.5, fewest=7, most=60)
+FULL = Effort(warm_up=2.0, budget=1.5, fewest=30, most=60)
+STEPS = Effort(warm_up=2.0, budget=1.5, fewest=7, most=60)  # of training, which take seconds each
 QUICK = Effort(warm_up=0.5, budget=0.5, fewest=3, most=20)
+NOISY_SPREAD, NOISY_DRIFT = 0.25, 0.15
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,28 @@ class Timing:
         ordered = sorted(1e3 * s for s in seconds)
         last = len(ordered) - 1
         return Timing(ordered[round(0.2 * last)], statistics.median(ordered), ordered[round(0.8 * last)], len(ordered))
+
+
+@dataclass(frozen=True)
+class Canary:
+    """How steady the machine was, told by the copy of memory that ran beside everything, from the first case to the
+    last. `spread`: how much longer its slow times (p80) were than its fast ones (p20); `drift`: how much longer it
+    took in the last fifth of the run than in the first (negative: less long)."""
+
+    spread: float
+    drift: float
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Canary:
+        """From the times of all copies, in the order in which they were made."""
+        timing, fifth = Timing.of(seconds), max(len(seconds) // 5, 1)
+        begin, end = statistics.median(seconds[:fifth]), statistics.median(seconds[-fifth:])
+        return Canary(timing.p80 / timing.p20 - 1.0, end / begin - 1.0)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether ratios between cases, or between runs, say little."""
+        return self.spread > NOISY_SPREAD or abs(self.drift) > NOISY_DRIFT
 
 
 class Sampled(Protocol):

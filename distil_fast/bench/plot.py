@@ -18,7 +18,11 @@ from distil_fast.bench.tables import number
 COLOURS = {"eager": "#b8bcc4", "compiled": "#7d8694", "ours": "#0b6e69"}
 LABELS = {"eager": "PyTorch", "compiled": "torch.compile", "ours": "distil_fast"}
 FLOOR = "#d1495b"
-PLAIN = {case.name for case in LOSS if case.temperature in (2.0, None) and case.grad_output == 1 and not case.shifted}
+PLAIN = {
+    case.name
+    for case in LOSS
+    if case.temperature in (2.0, None) and case.grad_output == 1 and case.labelled == 1 and not case.shifted
+}
 BAR = 0.26  # its height, where the distance of two cases is 1
 
 

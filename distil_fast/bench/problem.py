@@ -44,8 +44,10 @@ class Problem(ABC):
     """The inputs of one case, which all contenders share. `arrays` of the input's size must be read or written."""
 
     arrays: ClassVar[int] = 3
+    slack: ClassVar[float] = 1.0  # times the half precisions' tolerance, where eager torch rounds more on the way
     inputs: tuple[Tensor, ...]
     backend: str | None = None  # of distil_fast, for the next call of `ours`
+    precision = "exact"  # likewise, of linear problems
 
     @property
     def floor_bytes(self) -> int:
@@ -71,6 +73,11 @@ class Problem(ABC):
     def exact(self) -> Exact:
         """The answer, from the inputs as rounded to the case's dtype."""
 
+    def nearby(self) -> Problem | None:
+        """The same problem of the same shapes where student and teacher nearly agree in every row; None where the
+        loss has other terms, beside which that would not be seen."""
+        return None
+
 
 def normal_numbers(case: Case, seed: int) -> tuple[Callable[..., Tensor], torch.Generator]:
     """Standard normal numbers of any shape on the case's device, and where they come from."""
@@ -81,3 +88,15 @@ def normal_numbers(case: Case, seed: int) -> tuple[Callable[..., Tensor], torch.
 def spread_out(rows: int) -> Tensor:
     """Numbers of a few rows, from the first to the last."""
     return torch.linspace(0, rows - 1, min(rows, CHECKED)).long()
+
+
+def taking_part(case: Case, always: int = 0) -> Tensor | None:
+    """Which rows take part in the loss, bool `[rows]`, the last `always` of them among them; None: all."""
+    if case.labelled == 1.0:
+        return None
+    generator = torch.Generator(case.device).manual_seed(1)  # of its own, so that near problems have the same rows
+    mask = torch.zeros(case.rows, dtype=torch.bool, device=case.device)
+    mask[case.rows - always :] = True
+    others = torch.randperm(case.rows - always, generator=generator, device=case.device)
+    mask[others[: max(round(case.labelled * case.rows) - always, 1)]] = True
+    return mask

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distil_fast.bench.contenders import ABSENT, family
+from distil_fast.bench.contenders import family
 from distil_fast.bench.correctness import Errors
-from distil_fast.bench.measure import Timing
+from distil_fast.bench.measure import Canary, Timing
+from distil_fast.bench.peers import ABSENT
 
 SCHEMA = 1
 
@@ -58,7 +59,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run: what was asked for, when and on what, how long it took, and what was found."""
+    """A whole run: what was asked for, when and on what, how long it took, and what was found.
+
+    `suite`: its name; `canary`: how steady the machine was; `left_out`: why a case did not run, by its name. Runs from
+    before these were kept have none of them.
+    """
 
     rows: list[Row]
     copy_method: str
@@ -68,6 +73,9 @@ class Results:
     seconds: float = 0.0
     processes: int = 1
     machine: dict[str, Any] = field(default_factory=dict)
+    suite: str = ""
+    canary: Canary | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def copy_range(self) -> tuple[float, float]:
@@ -98,7 +106,26 @@ def merged(runs: Sequence[Results]) -> Results:
     """The runs of several processes as one: medians of times, the largest errors; refused where any run refused."""
     first = runs[0]
     rows = [_merged_row([run.rows[i] for run in runs]) for i in range(len(first.rows))]
-    return replace(first, rows=rows, processes=len(runs))
+    return replace(first, rows=rows, processes=len(runs), canary=_worst(runs))
+
+
+def joined(first: Results, second: Results) -> Results:
+    """Two runs of different cases, one after the other, as one that began as the first did."""
+    return replace(
+        first,
+        rows=[*first.rows, *second.rows],
+        memory=[*first.memory, *second.memory],
+        seconds=round(first.seconds + second.seconds, 1),
+        canary=_worst([first, second]),
+        left_out={**first.left_out, **second.left_out},
+    )
+
+
+def _worst(runs: Sequence[Results]) -> Canary | None:
+    canaries = [run.canary for run in runs if run.canary]
+    if not canaries:
+        return None
+    return Canary(max(c.spread for c in canaries), max((c.drift for c in canaries), key=abs))
 
 
 def _merged_row(rows: Sequence[Row]) -> Row:
@@ -147,6 +174,8 @@ def load(path: Path) -> Results:
         raise ValueError(f"{path}: expected benchmark results of schema {SCHEMA}. Run the benchmark again.")
     data["rows"] = [_row(row) for row in data["rows"]]
     data["memory"] = [Memory(**memory) for memory in data["memory"]]
+    canary = data.pop("canary", None)
+    data["canary"] = canary and Canary(**canary)
     return Results(**data)
 
 

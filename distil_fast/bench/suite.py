@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -18,8 +18,9 @@ from distil_fast import _C
 from distil_fast.bench import cases, contenders, correctness, isolated, machine, measure, problems, results
 from distil_fast.bench.cases import Case
 from distil_fast.bench.contenders import Contender, Graphed, Products
-from distil_fast.bench.linear import LinearKLAndCrossEntropy
-from distil_fast.bench.measure import Effort, Sampled, Timing
+from distil_fast.bench.linear import LinearProblem
+from distil_fast.bench.measure import Canary, Effort, Sampled, Timing
+from distil_fast.bench.peers import UnavailableError
 from distil_fast.bench.problem import Exact, Problem
 from distil_fast.bench.results import Memory, Results, Row
 
@@ -29,12 +30,20 @@ Note = Callable[[str], None]
 
 
 def run(
-    chosen: Sequence[Case], memory: Sequence[Case], effort: Effort, *, processes: int, command: str, note: Note
+    chosen: Sequence[Case],
+    memory: Sequence[Case],
+    effort: Effort,
+    *,
+    processes: int,
+    command: str,
+    note: Note,
+    without_peak: Sequence[str] = NO_PEAK,
 ) -> Results:
     """Measures the cases and the peak memory of `memory`; `note` is told what is going on."""
 
     def finish(found: Results) -> Results:
-        return replace(found, rows=_with_isolated(found, chosen, note), memory=_beyond_gradient(memory, note))
+        rows = _with_isolated(found, chosen, note, without_peak)
+        return replace(found, rows=rows, memory=_beyond_gradient(memory, note))
 
     return conducted(_timed, chosen, effort, finish, processes=processes, command=command, note=note)
 
@@ -73,17 +82,22 @@ def _timed(chosen: Sequence[Case], effort: Effort, note: Note = lambda text: Non
     evict = measure.CacheEvictor(chosen[0].device)
     copy = measure.Copy(evict)
     rows: list[Row] = []
+    copied: list[float] = []
     try:
         for group in cases.groups(chosen):
             note(f"{group[0].name}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
-            rows += _timed_group(group, copy, effort, evict)
+            found, seconds = _timed_group(group, copy, effort, evict)
+            rows += found
+            copied += seconds
     finally:
         _C.use_instruction_set(contenders.BEST_INSTRUCTION_SET)
-    return Results(rows, copy.method)
+    return Results(rows, copy.method, canary=Canary.of(copied))
 
 
-def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: measure.CacheEvictor) -> list[Row]:
-    """The rows of cases that are timed in turn, the copy beside them."""
+def _timed_group(
+    group: Sequence[Case], copy: measure.Copy, effort: Effort, evict: measure.CacheEvictor
+) -> tuple[list[Row], list[float]]:
+    """The rows of cases that are timed in turn, and the times of the copy beside them."""
     torch._dynamo.reset()  # other groups' compiled code
     if group[0].device == "cuda":
         torch.cuda.empty_cache()
@@ -91,10 +105,9 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     admitted: list[Contender | Graphed | Products] = []
     numbers: list[int] = []
     for case in group:
-        problem = problems.make(case)
-        exact = problem.exact()
+        prepared = Prepared.of(case)
         for name in case.contenders:
-            row, contender = checked(name, case, problem, exact)
+            row, contender = checked(name, case, prepared)
             if contender is not None:
                 admitted.append(contender)
                 numbers.append(len(rows))
@@ -103,26 +116,46 @@ def _timed_group(group: Sequence[Case], copy: measure.Copy, effort: Effort, evic
     for number, seconds in zip(numbers, samples, strict=True):
         rows[number] = replace(rows[number], timing=Timing.of(seconds))
     rate = copy.gb_per_s(statistics.median(copied))
-    return [replace(row, copy_gb_per_s=rate) for row in rows]
+    return [replace(row, copy_gb_per_s=rate) for row in rows], copied
 
 
-def checked(name: str, case: Case, problem: Problem, exact: Exact) -> tuple[Row, Contender | Graphed | Products | None]:
+@dataclass(frozen=True)
+class Prepared:
+    """A case's problem and its answer, and both where the models nearly agree, if the problem has such a sibling."""
+
+    problem: Problem
+    exact: Exact
+    near: tuple[Problem, Exact] | None
+
+    @staticmethod
+    def of(case: Case) -> Prepared:
+        problem = problems.make(case)
+        near = problem.nearby()
+        return Prepared(problem, problem.exact(), (near, near.exact()) if near else None)
+
+
+def checked(name: str, case: Case, prepared: Prepared) -> tuple[Row, Contender | Graphed | Products | None]:
     """A contender's row before it is timed, and the contender, unless it is absent, fails, or is wrong."""
+    problem = prepared.problem
     floor_bytes = problem.floor_bytes if case.calls == 1 else 0
     row = Row(case.name, name, floor_bytes)
-    if isinstance(problem, LinearKLAndCrossEntropy) and name == cases.PRODUCTS:
+    if isinstance(problem, LinearProblem) and name == cases.PRODUCTS:
         return row, Products(case, problem)
     try:
         contender = contenders.build(name, case, problem)
         contender.prepare()
-        found = correctness.errors(contender.call(), exact)
+        found = correctness.errors(contender.call(), prepared.exact)
+        if prepared.near and isinstance(contender, Contender):
+            sibling, answer = prepared.near
+            sibling.prepare(contender.function)
+            found = correctness.beside_near(found, correctness.errors(sibling.run(contender.function), answer))
         if case.device == "cuda" and not case.graph:
             row = replace(row, peak_extra_bytes=peak_on_gpu(contender))
-    except contenders.UnavailableError as error:
+    except UnavailableError as error:
         return replace(row, refused=str(error)), None
     except Exception as error:  # whatever stops someone else's code is a line of the table, not the end of the run
         return replace(row, refused=f"fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"), None
-    refused = correctness.verdict(found, case.dtype)
+    refused = correctness.verdict(found, case.dtype, problem.slack)
     return replace(row, errors=found, refused=refused), None if refused else contender
 
 
@@ -137,14 +170,14 @@ def peak_on_gpu(contender: Sampled) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _with_isolated(found: Results, chosen: Sequence[Case], note: Note) -> list[Row]:
+def _with_isolated(found: Results, chosen: Sequence[Case], note: Note, without_peak: Sequence[str]) -> list[Row]:
     """The rows with their peak memory, and rows of first calls, each from fresh processes."""
     rows: list[Row] = []
     for case in chosen:
         own = [row for row in found.rows if row.case == case.name]
         if case.calls == 1 and case.device == "cpu":
             note(f"peak memory of {case.name}")
-            names = [row.contender for row in own if row.timing and row.contender not in NO_PEAK]
+            names = [row.contender for row in own if row.timing and row.contender not in without_peak]
             names.sort(key=lambda name: name != "ours")
             peaks = isolated.fresh(isolated.peak_extra_bytes, case, tuple(names))
             own = [replace(row, peak_extra_bytes=peaks.get(row.contender)) for row in own]

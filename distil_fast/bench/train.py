@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distil_fast.bench import isolated, measure, suite, train_models, train_parts, train_steps
 from distil_fast.bench.correctness import Errors
-from distil_fast.bench.measure import Effort, Timing
+from distil_fast.bench.measure import Canary, Effort, Timing
 from distil_fast.bench.results import Results, Row
 from distil_fast.bench.syncs import host_syncs
 from distil_fast.bench.train_cases import (
@@ -93,13 +93,18 @@ def timed(chosen: Sequence[TrainCase], effort: Effort, note: suite.Note = lambda
     evict = measure.CacheEvictor(chosen[0].device)
     copy = measure.Copy(evict)
     rows: list[Row] = []
+    copied: list[float] = []
     for case in chosen:
         note(case.name)
-        rows += _timed_case(case, copy, effort, evict)
-    return Results(rows, copy.method)
+        found, seconds = _timed_case(case, copy, effort, evict)
+        rows += found
+        copied += seconds
+    return Results(rows, copy.method, canary=Canary.of(copied))
 
 
-def _timed_case(case: TrainCase, copy: measure.Copy, effort: Effort, evict: measure.CacheEvictor) -> list[Row]:
+def _timed_case(
+    case: TrainCase, copy: measure.Copy, effort: Effort, evict: measure.CacheEvictor
+) -> tuple[list[Row], list[float]]:
     torch._dynamo.reset()
     if case.device == "cuda":
         torch.cuda.empty_cache()
@@ -118,7 +123,7 @@ def _timed_case(case: TrainCase, copy: measure.Copy, effort: Effort, evict: meas
         taken_apart[MASKING] = train_parts.masking(case, filled.batch, REPEATS)
         rows[number] = replace(rows[number], timing=Timing.of(seconds), parts=taken_apart)
     rate = copy.gb_per_s(statistics.median(copied))
-    return [replace(row, copy_gb_per_s=rate) for row in rows]
+    return [replace(row, copy_gb_per_s=rate) for row in rows], copied
 
 
 # ------------------------------------------------------------------------------------------------ agreement

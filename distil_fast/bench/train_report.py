@@ -5,6 +5,8 @@ It measures nothing. Next: train.py, whose rows these are; report.py, which prin
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -36,6 +38,15 @@ NOTES = (
     "Parts are of a step by itself, the clock read at each border. The loss alone is measured on logits that are whole "
     "in memory, also where a step never has them; it belongs to heads and loss. Masking comes before the step.",
 )
+
+
+def split(results: Results) -> tuple[Results, Results]:
+    """The rows that are of training steps or encoders, and the others."""
+    told = [TOKENS in row.facts or PARAMETERS in row.facts for row in results.rows]
+    mine, others = (
+        [row for row, is_mine in zip(results.rows, told, strict=True) if is_mine is w] for w in (True, False)
+    )
+    return replace(results, rows=mine), replace(results, rows=others)
 
 
 def tables(results: Results) -> list[Table]:

@@ -84,7 +84,7 @@ def test_json_there_and_back(results: Results, tmp_path: Path) -> None:
     assert results_module.load(path) == results
     data = json.loads(path.read_text())
     assert data["schema"] == results_module.SCHEMA
-    assert data["rows"][0]["errors"] == {"loss": 1e-7, "array": 2e-7, "near": 3e-7}
+    assert data["rows"][0]["errors"] == {"loss": 1e-7, "array": 2e-7, "near": 3e-7, "near_loss": None}
     assert data["rows"][0]["timing"] == {"p20": 300.0, "p50": 300.0, "p80": 300.0, "samples": 9}
     assert data["rows"][3]["refused"].startswith("wrong")
     path.write_text(json.dumps({**data, "schema": 0}))
@@ -111,7 +111,7 @@ def test_processes_become_one_by_medians(results: Results) -> None:
 def test_the_table_shows_the_numbers_and_the_refusals(results: Results) -> None:
     text = rendered(results)
     line = next(line for line in text.splitlines() if line.strip().startswith("ours"))
-    assert line.split() == ["ours", "5", "37.5", "75", "60", "12", "1.0", "2.0e-07", "3.0e-07"]
+    assert line.split() == ["ours", "5", "37.5", "75", "60", "12", "1.0", "1.0e-07", "2.0e-07", "-", "3.0e-07"]
     assert "floor 3.75 ms" in text
     assert "not timed" in text
     assert f"{OTHER}: eager was not timed: wrong: relative error 5e-01" in text

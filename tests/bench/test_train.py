@@ -31,6 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small caches to empty, little effort, and one thread."""
     monkeypatch.setattr(measure.machine, "last_level_cache_bytes", lambda device="cpu": 1 << 16)
     monkeypatch.setattr(measure, "FULL", TINY)
+    monkeypatch.setattr(measure, "STEPS", TINY)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
