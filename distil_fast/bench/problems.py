@@ -354,13 +354,15 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "linear CE": LinearCrossEntropy,
     "softmax": Softmax,
     "softmax backward": SoftmaxBackward,
-    **{host.name: HiddenHostProblem if host.hidden else HostProblem for host in HOSTS},
+}
+OF_HOSTS: dict[str, Callable[[Case], Problem]] = {
+    host.name: HiddenHostProblem if host.hidden else HostProblem for host in HOSTS
 }
 
 
 def make(case: Case) -> Problem:
     """The problem of a case, its inputs filled."""
-    return PROBLEMS[case.problem](case)
+    return (OF_HOSTS | PROBLEMS)[case.problem](case)
 
 
 def _laid_out(values: Tensor, case: Case) -> Tensor:
