@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import marks
 from distil_fast.training.settings import InputError
 
 FULL = "full"
@@ -125,9 +126,8 @@ def _panel(axes: Axes, arms: dict[str, list[dict[str, Any]]], measure: str) -> N
 
 
 def _insert(docs: Path, section: str, text: str) -> None:
-    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
-    page = docs.read_text("utf-8")
-    if begin not in page or end not in page:
-        raise InputError(f"--docs: expected the marks {begin} and {end} in {docs}, which are not there. Add them.")
-    before, rest = page.split(begin, 1)
-    docs.write_text(f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}", "utf-8")
+    try:
+        page = marks.filled(docs.read_text("utf-8"), section, text)
+    except ValueError as error:
+        raise InputError(f"--docs {docs}: {error}") from None
+    docs.write_text(page, "utf-8")

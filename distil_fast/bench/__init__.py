@@ -7,6 +7,7 @@ and train_cases.py for what is measured, suite.py and train.py for how.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("overhead", "the cost of a call, on tensors so small that nothing else counts"),
         ("train", "whole training steps beside the original DistilBERT trainer's and modern PyTorch's"),
         ("train-gpu", "the same on a GPU, at the shape of BERT-base and DistilBERT"),
+        ("integrations", "the losses of other people's trainers, and ours in their place"),
         ("encoders", "parameters and latency of BERT-base and DistilBERT"),
     ):
         # what stands before the suite is kept unless it is said again after it
@@ -42,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in ("loss", "linear"):
             asked.add_axes(suite)
     show = commands.add_parser("show", help="the tables of an earlier run", description="The tables of an earlier run.")
-    show.add_argument("file", metavar="FILE", type=Path, help="what --json wrote")
+    show.add_argument("files", metavar="FILE", type=Path, nargs="+", help="what --json wrote")
     show.add_argument("--markdown", action="store_true", help="tables in Markdown")
-    show.add_argument("--png", metavar="FILE", type=Path, help="draw them")
-    show.add_argument("--compare", metavar="OLD", type=Path, help="beside an earlier run")
+    show.add_argument("--png", metavar="FILE", type=Path, help="draw them; of one FILE")
+    show.add_argument("--html", metavar="FILE", type=Path, help="write one report of all of them, with plots")
+    show.add_argument("--compare", metavar="OLD", type=Path, help="beside an earlier run; of one FILE")
 
 
 def _add_options(suite: argparse.ArgumentParser) -> None:
@@ -62,6 +65,7 @@ def _add_options(suite: argparse.ArgumentParser) -> None:
     )
     suite.add_argument("--json", metavar="FILE", type=Path, help="write the results")
     suite.add_argument("--png", metavar="FILE", type=Path, help="draw them")
+    suite.add_argument("--html", metavar="FILE", type=Path, help="write a report with plots, one page by itself")
     suite.add_argument(
         "--compare",
         metavar="OLD",
@@ -86,23 +90,45 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console()
     old = results.load(arguments.compare) if arguments.compare else None  # before anything runs
-    if arguments.suite == "show":
-        found = results.load(arguments.file)
+    shown = arguments.suite == "show"
+    if shown:
+        runs = [results.load(file) for file in arguments.files]
     else:
-        found = _measured(arguments, console)
+        runs = [_measured(arguments, console)]
         if arguments.json:
-            results.save(found, arguments.json)
-    report.show(found, console, markdown=arguments.suite == "show" and arguments.markdown)
+            results.save(runs[0], arguments.json)
+    for found in runs:
+        report.show(found, console, markdown=shown and arguments.markdown)
     if arguments.png:
-        from distil_fast.bench import plot, plot_vocabulary
+        _draw(runs, arguments.png)
+    if arguments.html:
+        from distil_fast.bench import html_report
 
-        over_vocabulary = any(found.row(case.name, "ours") for case in plot_vocabulary.cases())
-        try:
-            (plot_vocabulary if over_vocabulary else plot).save(found, arguments.png)
-        except ValueError as error:
-            raise SystemExit(f"bench: no {arguments.png}: {error}.") from None
-    slower = old is not None and report.show_comparison(old, found, console)
-    return int(slower or any(row.is_our_fault for row in found.rows))
+        html_report.write(runs, arguments.html)
+    slower = old is not None and report.show_comparison(old, _only(runs, "--compare"), console)
+    return int(slower or any(row.is_our_fault for found in runs for row in found.rows))
+
+
+def _only(runs: Sequence[Results], option: str) -> Results:
+    if len(runs) > 1:
+        raise SystemExit(f"bench: {option}: expected one FILE, got {len(runs)}. --html takes several.")
+    return runs[0]
+
+
+def _draw(runs: Sequence[Results], path: Path) -> None:
+    """The picture of one run.
+
+    Raises:
+        SystemExit: there are several, or the run has nothing that is drawn.
+    """
+    from distil_fast.bench import plot, plot_vocabulary
+
+    run = _only(runs, "--png")
+    over_vocabulary = any(run.row(case.name, "ours") for case in plot_vocabulary.cases())
+    try:
+        (plot_vocabulary if over_vocabulary else plot).save(run, path)
+    except ValueError as error:
+        raise SystemExit(f"bench: no {path}: {error}.") from None
 
 
 def _measured(arguments: argparse.Namespace, console: Console) -> Results:

@@ -95,7 +95,7 @@ def measured(arguments: argparse.Namespace, note: Note) -> Results:
     Raises:
         SystemExit: there is no such case, none that fits into memory, or no such device.
     """
-    from distil_fast.bench import measure, quick
+    from distil_fast.bench import hosts, integrations, measure, quick
 
     device = _device(arguments)
     suite = NEED_GPU.get(arguments.suite, arguments.suite) if device == "cuda" else arguments.suite
@@ -104,6 +104,8 @@ def measured(arguments: argparse.Namespace, note: Note) -> Results:
     try:
         if suite == "quick":
             found = quick.run(device, arguments.filter, **how)
+        elif suite == "integrations":
+            found = integrations.run(_select(arguments, hosts.CASES), effort, **how)
         elif suite in ("train", "train-gpu", "encoders"):
             found = _of_training(arguments, suite, how)
         else:
@@ -122,8 +124,8 @@ def _device(arguments: argparse.Namespace) -> str:
         raise SystemExit(f"bench {arguments.suite}: expected a GPU, got --device cpu. Ask suite loss, linear or train.")
     if (always or arguments.device == "cuda") and not there:
         raise SystemExit(f"bench {arguments.suite}: expected a GPU, and torch {torch.__version__} sees none here.")
-    if arguments.suite == "encoders" and arguments.device == "cuda":
-        raise SystemExit("bench encoders: expected --device cpu, got cuda: their latency is the paper's, on a CPU.")
+    if arguments.suite in ("encoders", "integrations") and arguments.device == "cuda":
+        raise SystemExit(f"bench {arguments.suite}: expected --device cpu, got cuda: its cases are of a CPU.")
     by_itself = "cuda" if always or (arguments.suite == "quick" and there) else "cpu"
     return arguments.device or by_itself
 

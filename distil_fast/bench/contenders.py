@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distil_fast import _C, backends
 from distil_fast.bench.cases import PRODUCTS, Case
+from distil_fast.bench.host_problem import HostProblem
 from distil_fast.bench.linear import LinearProblem
 from distil_fast.bench.peers import ABSENT, PEERS, UnavailableError
 from distil_fast.bench.problem import Function, Outcome, Problem
@@ -147,6 +148,8 @@ def build(name: str, case: Case, problem: Problem) -> Contender | Graphed:
 
 
 def _build(name: str, case: Case, problem: Problem) -> Contender:
+    if isinstance(problem, HostProblem):
+        return _of_host(name, case, problem)
     if name in FUNCTIONS:
         return Contender(case, name, problem, FUNCTIONS[name](problem))
     if name in PEERS:
@@ -165,3 +168,12 @@ def _build(name: str, case: Case, problem: Problem) -> Contender:
     if not _C.use_instruction_set(held_to):
         raise UnavailableError(f"{ABSENT}: the processor has no {held_to}")
     return Contender(case, name, problem, problem.ours, held_to)
+
+
+def _of_host(name: str, case: Case, problem: HostProblem) -> Contender:
+    """A host's own loss, or ours in its place."""
+    try:
+        problem.load(name)
+    except ImportError as error:
+        raise UnavailableError(f"{ABSENT}: {error}") from None
+    return Contender(case, name, problem, problem.ours if name == "ours" else problem.formula)

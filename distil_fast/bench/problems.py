@@ -19,6 +19,8 @@ import distil_fast
 from distil_fast import reference
 from distil_fast.bench.cases import Case
 from distil_fast.bench.formulas import BETA, LOG_SPACE_SLACK, Kind, eager_divergence, eager_top_k
+from distil_fast.bench.host_problem import HiddenHostProblem, HostProblem
+from distil_fast.bench.hosts import HOSTS
 from distil_fast.bench.linear import LinearCrossEntropy, LinearJSD, LinearKL, LinearKLAndCrossEntropy
 from distil_fast.bench.problem import (
     DIFFERENCE,
@@ -353,11 +355,14 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "softmax": Softmax,
     "softmax backward": SoftmaxBackward,
 }
+OF_HOSTS: dict[str, Callable[[Case], Problem]] = {
+    host.name: HiddenHostProblem if host.hidden else HostProblem for host in HOSTS
+}
 
 
 def make(case: Case) -> Problem:
     """The problem of a case, its inputs filled."""
-    return PROBLEMS[case.problem](case)
+    return (OF_HOSTS | PROBLEMS)[case.problem](case)
 
 
 def _laid_out(values: Tensor, case: Case) -> Tensor:

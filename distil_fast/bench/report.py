@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distil_fast.bench import compare, gains, targets, train_report
+from distil_fast.bench import compare, gains, integrations, targets, train_report
 from distil_fast.bench.cases import PRODUCTS, QUICK
 from distil_fast.bench.correctness import Errors
 from distil_fast.bench.results import Results, Row
@@ -41,19 +41,16 @@ def show(results: Results, console: Console, *, markdown: bool = False) -> None:
         console = Console(file=console.file, width=WIDE, color_system=None)
     for line in header(results):
         _say(console, line)
-    of_training, of_losses = train_report.split(results)
-    tables = [*train_report.tables(of_training), measurements(of_losses), memory(results), reached(results)]
-    for table in tables:
-        if table.row_count:
-            console.print()
-            table.box = box.MARKDOWN if markdown else box.SIMPLE_HEAD
-            console.print(table)
+    for table in tables(results):
+        console.print()
+        table.box = box.MARKDOWN if markdown else box.SIMPLE_HEAD
+        console.print(table)
     for row in results.rows:
         if row.refused:
             _say(console, f"{row.case}: {row.contender} was not timed: {row.refused}")
     for case, reason in results.left_out.items():
         _say(console, f"{case} did not run: {reason}")
-    for note in (*(NOTES if of_losses.rows else ()), *(train_report.NOTES if of_training.rows else ())):
+    for note in notes(results):
         _say(console, note)
     if results.suite == QUICK:
         for line in gains.lines(results):
@@ -72,6 +69,21 @@ def show_comparison(old: Results, new: Results, console: Console) -> bool:
     for line in compare.summary(old, new, found):
         _say(console, line)
     return any(change.is_regression for change in found)
+
+
+def tables(results: Results) -> list[Table]:
+    """Those that have rows, of whatever suite it was."""
+    of_training, of_losses = train_report.split(results)
+    own = integrations.tables(results) or [measurements(of_losses)]
+    found = (*train_report.tables(of_training), *own, memory(results), reached(results))
+    return [table for table in found if table.row_count]
+
+
+def notes(results: Results) -> tuple[str, ...]:
+    """What a reader of the tables must know."""
+    of_training, of_losses = train_report.split(results)
+    own = integrations.NOTES if integrations.tables(results) else NOTES
+    return (*(own if of_losses.rows else ()), *(train_report.NOTES if of_training.rows else ()))
 
 
 def _say(console: Console, text: str) -> None:

@@ -1,6 +1,6 @@
 """A line chart as inline SVG: one pale line of every reading, one smooth line over it, round ticks, no script.
 
-It knows numbers and drawing; nothing of what they mean. Colours and text sizes are CSS classes that html_report.py
+It knows numbers and drawing; nothing of what they mean. Colours and text sizes are CSS classes that html_page.css
 defines, so that a chart follows light and dark. Next: html_report.py.
 """
 

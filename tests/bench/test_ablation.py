@@ -170,17 +170,17 @@ def test_it_goes_into_the_docs_between_its_marks(results: dict[str, Any], tmp_pa
     docs = tmp_path / "docs" / "results.md"
     docs.parent.mkdir()
     (tmp_path / "out").mkdir()
-    docs.write_text("before\n<!-- ablation: begin -->\nold\n<!-- ablation: end -->\nafter\n")
+    docs.write_text("before\n<!-- ablation:begin -->\nold\n<!-- ablation:end -->\nafter\n")
     for _ in range(2):  # a second time it replaces the first
         ablation_report.write(results, tmp_path / "out", docs)
     page = docs.read_text()
-    assert page.startswith("before\n<!-- ablation: begin -->\n| | MLM top-1 ")
-    assert page.endswith("<!-- ablation: end -->\nafter\n")
+    assert page.startswith("before\n<!-- ablation:begin -->\n| | MLM top-1 ")
+    assert page.endswith("<!-- ablation:end -->\nafter\n")
     assert page.count("../out/ablation.png") == 1
     assert "old" not in page
     assert (tmp_path / "out" / "ablation.png").stat().st_size > 10000
     docs.write_text("nothing\n")
-    with pytest.raises(InputError, match="ablation: begin"):
+    with pytest.raises(InputError, match="ablation:begin"):
         ablation_report.write(results, tmp_path / "out", docs)
 
 
