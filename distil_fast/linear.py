@@ -90,8 +90,8 @@ def linear_distillation_loss(
         gather: leave out the rows that no term uses. False: they take part in the products with weight 0, and must be
             finite; nothing waits for a GPU.
 
-        The others are those of `distillation_loss`; there is no `inplace`. With reduction "none" backward makes the
-        chunks again.
+        the others: those of `distillation_loss`; there is no `inplace`. With reduction "none" backward makes the
+            chunks again.
 
     Returns:
         LossTerms(loss, soft, hard), as `distillation_loss`.

@@ -243,7 +243,8 @@ def vocab_parallel_linear_distillation_loss(
         gradient of the hidden states then: every rank must call backward.
 
     Raises:
-        As `vocab_parallel_distillation_loss`; on every rank, also where one fails inside a chunk.
+        ValueError, TypeError, NotImplementedError: as `vocab_parallel_distillation_loss`; on every rank, also where one
+            fails inside a chunk.
     """
     no_teacher = teacher_hidden is None and teacher_weight is None
     return _linear_loss(
