@@ -57,7 +57,8 @@ $(HOSTS)/.installed: pyproject.toml $(SOURCES)
 	touch $@
 
 integrations: $(HOSTS)/.installed
-	$(HOSTS)/bin/python -m pytest -q tests/integrations
+	$(HOSTS)/bin/python -m pytest -q -m 'slow or not slow' tests/integrations
+	$(HOSTS)/bin/python -m pytest -q tests/test_documents.py -k run_in_order
 
 mutants: setup
 	$(BIN)/python -m tests.mutants

@@ -13,30 +13,17 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLES = ROOT / "examples"
 PICTURES = ROOT / "benchmarks" / "results"
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """A page that this checkout does not have yet leaves no hole in the navigation."""
-    assert config.nav is not None
-    config.nav = [
-        entry for entry in config.nav if "integrations.md" not in entry.values() or _exists("integrations.md")
-    ]
-    return config
-
-
-def _exists(name: str) -> bool:
-    return (ROOT / "docs" / name).is_file()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """What lies outside of docs/ and has a place on the site."""
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text("utf-8")))
     files.append(File.generated(config, "contributing.md", content=(ROOT / "CONTRIBUTING.md").read_text("utf-8")))
-    for path in [*PICTURES.glob("*.*"), *PICTURES.glob("*/*.*")]:
-        name = f"benchmarks/{path.relative_to(ROOT / 'benchmarks')}"
-        files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in [*PICTURES.glob("*.*"), *PICTURES.glob("*/*.*"), *EXAMPLES.glob("*.py")]:
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 

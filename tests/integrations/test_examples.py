@@ -14,6 +14,7 @@ from tests.integrations.recipes import FOLDER, absent
 SECONDS = 120  # that a script may take on two cores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_it_runs(script: Path, tmp_path: Path) -> None:
     lacking = absent(script.read_text())
