@@ -86,7 +86,7 @@ $(DOCS)/.installed: pyproject.toml
 	touch $@
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
 
 # One for each CPython from 3.10 to 3.13 that is here; CMAKE_ARGS=-DDISTIL_FAST_CUDA=OFF leaves nvcc out.
 wheel: setup
