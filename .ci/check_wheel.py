@@ -25,7 +25,8 @@ WANTED = (
     "distil_fast/py.typed",
     "distil_fast/_C.pyi",
     "distil_fast/kernels/rows.py",
-    "distil_fast/training/html_report.css",
+    "distil_fast/training/html_page.css",
+    "distil_fast/bench/html_report.css",
     "distil_fast/training/presets/distilbert.yaml",
     "distil_fast/training/presets/short.yaml",
 )
