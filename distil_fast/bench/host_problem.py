@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from distil_fast.bench.cases import Case
+from distil_fast.bench.formulas import LOG_SPACE_SLACK
 from distil_fast.bench.hosts import AFTER, BEFORE, HOSTS, SEQUENCES, UNLABELLED, Batch, Loss
 from distil_fast.bench.problem import (
     CHECKED,
@@ -33,6 +34,8 @@ EVERY = round(1 / UNLABELLED)
 
 class HostProblem(Problem):
     """The loss of a host and its gradient in the student's logits; `formula` or `ours` is to be loaded first."""
+
+    slack = LOG_SPACE_SLACK  # most hosts round both models' log-probabilities to bfloat16
 
     def __init__(self, case: Case) -> None:
         self.case = case

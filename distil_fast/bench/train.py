@@ -109,7 +109,8 @@ def _timed_case(
     if case.device == "cuda":
         torch.cuda.empty_cache()
     filled = fill(case)
-    references = {suffix: _reference(filled, suffix) for suffix in ("", MASKED)}
+    suffixes = {MASKED if name.endswith(MASKED) else "" for name in case.contenders}
+    references = {suffix: _reference(filled, suffix) for suffix in suffixes}
     rows: list[Row] = []
     admitted: dict[int, TrainContender] = {}
     for name in case.contenders:
