@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks import marks
 from distil_fast.bench import hosts, integrations, results
 from distil_fast.bench.results import Results, Row
@@ -221,6 +223,23 @@ def hosts_losses(runs: Sequence[Run], page: Path) -> str:
     return "\n\n".join([*parts, f"{_conditions(run, page)} {versions}."])
 
 
+def hosts_fp32(runs: Sequence[Run], page: Path) -> str:
+    """The hosts in short: float32 alone, without errors."""
+    shown = {case.problem: case.name for case in hosts.CASES if case.dtype == torch.float32}
+    try:
+        run = newest(runs, "integrations", list(shown.values()), (hosts.BEFORE, hosts.AFTER))
+    except LookupError:
+        return NOT_YET
+    rows = []
+    for host, case in shown.items():
+        lines = f"{run.row(case, hosts.AFTER).facts[integrations.LINES]:.0f}"
+        times = [run.ms(case, name) for name in (hosts.BEFORE, hosts.AFTER)]
+        peaks = " / ".join(run.mib(case, name) for name in (hosts.BEFORE, hosts.AFTER))
+        rows.append([host, lines, *times, f"{run.faster(case, hosts.BEFORE, hosts.AFTER)} x", f"{peaks} MiB"])
+    head = ["fp32, 512 x 30522", "lines to change", "its own loss", "ours in its place", "faster", "peak memory"]
+    return _table(head, rows, run, page)
+
+
 Table = Callable[[Sequence[Run], Path], str]
 TABLES: dict[str, Table] = {
     "loss": loss,
@@ -231,6 +250,7 @@ TABLES: dict[str, Table] = {
     "train-parts": train_parts,
     "encoders": encoders,
     "integrations": hosts_losses,
+    "hosts": hosts_fp32,
 }
 
 
