@@ -61,7 +61,7 @@ def main() -> int:
         print(f"wheel: CPython {version}: native module, {native_module()}, no torch here")
         return 0
     loss = losses()
-    assert "body" in resources.files("distil_fast.training").joinpath("html_report.css").read_text("utf-8")
+    assert "body" in resources.files("distil_fast.training").joinpath("html_page.css").read_text("utf-8")
     assert resources.files("distil_fast.training").joinpath("presets", "short.yaml").is_file()
     assert importlib.util.find_spec("distil_fast.kernels.divergences") is not None
     print(f"wheel: CPython {version}: imported from {home}, loss {loss:.4f}")
