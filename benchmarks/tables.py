@@ -43,6 +43,16 @@ VOCABULARIES = {
     f"fp32, N = 512, V = {cols}, H = 384": f"linear KL+CE fp32 512x{cols} H=384"
     for cols in (30522, 50257, 128256, 151936)
 }
+DIVERGENCES = {
+    f"{title}, {dtype}": f"{problem} {dtype} 512x30522{rest}"
+    for dtype in ("fp32", "bf16")
+    for title, problem, rest in (
+        ("JSD, beta = 0.5", "JSD", ""),
+        ("soft cross-entropy", "soft CE", ""),
+        ("reverse KL", "reverse KL", ""),
+        ("KL, T = 2", "KL", " fresh T=2"),
+    )
+}
 RAGGED = "train fp32 8x128 ragged, 6 to 3 layers of 384"
 ENCODERS = ("encoder fp32 1x32", "encoder fp32 1x128")
 
@@ -107,6 +117,21 @@ def loss(runs: Sequence[Run], page: Path) -> str:
     rows.append(["memory beside the inputs, first row", *peaks, ""])
     head = ["KL + CE, loss and gradient, T = 2", "eager", "torch.compile", "distil_fast", "against eager"]
     return _table(head, rows, run, page)
+
+
+def divergences(runs: Sequence[Run], page: Path) -> str:
+    """Other libraries' losses beside ours; who is wrong has no time."""
+    names = ("eager", "compiled", "trl", "torchtune", "torchtune chunked", "ours")
+    run = newest(runs, "loss", list(DIVERGENCES.values()), ("eager", "compiled", "ours"))
+    rows = []
+    for title, case in DIVERGENCES.items():
+        times = [run.ms(case, name) if run.results.row(case, name) else "" for name in names]
+        errors = [run.row(case, name).errors for name in ("eager", "ours")]
+        rows.append(
+            [title, *times, " / ".join(f"{found.near:.0e}" if found and found.near else "" for found in errors)]
+        )
+    head = ["512 x 30522, no labels", "eager", "torch.compile", "TRL", "torchtune", "torchtune, chunks", "distil_fast"]
+    return _table([*head, "gradient error as p -> q, eager / ours"], rows, run, page)
 
 
 def linear(runs: Sequence[Run], page: Path) -> str:
@@ -243,6 +268,7 @@ def hosts_fp32(runs: Sequence[Run], page: Path) -> str:
 Table = Callable[[Sequence[Run], Path], str]
 TABLES: dict[str, Table] = {
     "loss": loss,
+    "divergences": divergences,
     "linear": linear,
     "linear-all": linear_all,
     "train": train,
