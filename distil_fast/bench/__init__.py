@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "linear",
             "the fused heads against eager and compiled torch, other libraries', and their matrix products alone",
         ),
+        ("hidden", "the losses of hidden states and attention maps, with and without padding"),
         ("gpu", "the losses on a GPU, beside eager and compiled torch, Liger, and a copy of memory"),
         ("overhead", "the cost of a call, on tensors so small that nothing else counts"),
         ("train", "whole training steps beside the original DistilBERT trainer's and modern PyTorch's"),

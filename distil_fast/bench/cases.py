@@ -122,6 +122,19 @@ OVERHEAD: tuple[Case, ...] = (
     Case("CE", 4, 16, calls=200, group=_CALL, quick=True),
 )
 
+# hidden states of 8 x 512 tokens, all of them real or four of five; attention maps of 12 heads over 8 x 128 tokens
+HIDDEN: tuple[Case, ...] = tuple(
+    case
+    for dtype in (FP32, BF16)
+    for case in (
+        Case("cosine", 4096, 768, dtype, quick=True),
+        Case("cosine", 4096, 768, dtype, labelled=0.8),
+        Case("MSE", 4096, 768, dtype, quick=True),
+        Case("MSE", 4096, 768, dtype, labelled=0.8),
+        Case("attention KL", 12288, 128, dtype, quick=True),
+    )
+)
+
 # peak memory alone, not timed: in place, where all that is used is beyond the gradient
 MEMORY: tuple[Case, ...] = tuple(
     Case("KL+CE", rows, cols, dtype, True, 2.0, contenders=("ours",))
@@ -196,6 +209,7 @@ GPU = tuple(_gpu())
 SUITES: dict[str, tuple[Case, ...]] = {
     "loss": (*LOSS, *OVERHEAD),
     "linear": LINEAR,
+    "hidden": HIDDEN,
     "overhead": OVERHEAD,
     "gpu": GPU,
 }
@@ -205,8 +219,8 @@ def on_device(suite: str, device: str) -> Sequence[Case]:
     """The cases of a suite on a device. Those of "loss" and "linear" on a GPU are GPU's, of its sizes."""
     if device == "cpu" or suite == "gpu":
         return SUITES[suite]
-    if suite == "overhead":
-        return tuple(replace(case, device=device) for case in OVERHEAD)
+    if suite in ("hidden", "overhead"):
+        return tuple(replace(case, device=device) for case in SUITES[suite])
     return tuple(case for case in GPU if bool(case.width) == (suite == "linear"))
 
 

@@ -278,18 +278,55 @@ class CrossEntropy(LossProblem):
 
 
 class Cosine(LossProblem):
-    """1 - cos of hidden states, averaged."""
+    """1 - cos of hidden states, averaged over the rows that take part."""
 
     spread = 1.0
 
     def formula(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
-        return F.cosine_embedding_loss(student, teacher, student.new_ones(len(student)))
+        return F.cosine_embedding_loss(self.chosen(student), self.chosen(teacher), student.new_ones(self.count))
 
     def ours(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
-        return distil_fast.cosine_loss(student, teacher, backend=self.backend)
+        return distil_fast.cosine_loss(student, teacher, self.mask, backend=self.backend)
 
     def definition(self, student: Tensor, teacher: Tensor, _: Tensor, mask: Tensor) -> Tensor:
-        return reference.cosine_loss(student, teacher, count=self.case.rows)
+        return reference.cosine_loss(student, teacher, mask, count=self.count)
+
+
+class MeanSquaredError(LossProblem):
+    """Mean squared error of hidden states over the rows that take part."""
+
+    spread = 1.0
+
+    def formula(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        return F.mse_loss(self.chosen(student), self.chosen(teacher))
+
+    def ours(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        return distil_fast.mse_loss(student, teacher, self.mask, backend=self.backend)
+
+    def definition(self, student: Tensor, teacher: Tensor, _: Tensor, mask: Tensor) -> Tensor:
+        return reference.mse_loss(student, teacher, mask, count=self.count)
+
+
+class AttentionKL(LossProblem):
+    """KL(teacher || student) of attention maps, which are probabilities: the rows are queries of one head."""
+
+    spread = 1.0
+
+    def __init__(self, case: Case, *, near: bool = False) -> None:
+        super().__init__(case, near=near)
+        self.student = self.student.detach().softmax(-1).requires_grad_()
+        self.pristine, self.teacher = self.student.detach(), self.teacher.softmax(-1)
+        self.inputs = (self.student, self.teacher, self.labels)
+
+    def formula(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        return F.kl_div(self.chosen(student).log(), self.chosen(teacher), reduction="batchmean")
+
+    def ours(self, student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+        mask = None if self.mask is None else self.mask[None]
+        return distil_fast.attention_loss(*_maps(student, teacher), mask, kind="kl", backend=self.backend)
+
+    def definition(self, student: Tensor, teacher: Tensor, _: Tensor, mask: Tensor) -> Tensor:
+        return reference.attention_loss(*_maps(student, teacher), mask[None], kind="kl", count=self.count)
 
 
 class Softmax(Problem):
@@ -348,6 +385,8 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "top-k KL": TopKKL,
     "CE": CrossEntropy,
     "cosine": Cosine,
+    "MSE": MeanSquaredError,
+    "attention KL": AttentionKL,
     "linear KL+CE": LinearKLAndCrossEntropy,
     "linear KL": LinearKL,
     "linear JSD": LinearJSD,
@@ -363,6 +402,11 @@ OF_HOSTS: dict[str, Callable[[Case], Problem]] = {
 def make(case: Case) -> Problem:
     """The problem of a case, its inputs filled."""
     return (OF_HOSTS | PROBLEMS)[case.problem](case)
+
+
+def _maps(student: Tensor, teacher: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows `[queries, keys]` as the attention maps of one layer with one head."""
+    return [student[None, None]], [teacher[None, None]]
 
 
 def _laid_out(values: Tensor, case: Case) -> Tensor:

@@ -22,7 +22,7 @@ STEADY = 0.85  # of the fastest copy
 WIDE = 240  # so that no cell is cut where no terminal limits the line
 
 NOTES = (
-    "ms: the median. GB/s and % of floor: the operation's least traffic (KL+CE, KL, cosine and softmax backward 3 "
+    "ms: the median. GB/s and % of floor: the operation's least traffic (losses with a gradient and softmax backward 3 "
     "arrays, CE, softmax and KL+CE value 2) at the speed of the copy, credited to everyone. Outside the clock, caches "
     "are emptied before each call, and what a call in place overwrites is refilled; calls of 4x16 are timed 200 at a "
     "time.",

@@ -124,7 +124,7 @@ def test_a_gpu_that_is_not_there(line: tuple[str, ...]) -> None:
 
 
 def test_suites_on_a_gpu_have_its_cases() -> None:
-    for name in ("loss", "linear", "overhead"):
+    for name in ("loss", "linear", "hidden", "overhead"):
         assert {case.device for case in cases.on_device(name, "cuda")} == {"cuda"}
         assert {case.device for case in cases.on_device(name, "cpu")} == {"cpu"}
     assert all(case.width for case in cases.on_device("linear", "cuda"))
@@ -157,7 +157,7 @@ def test_a_newcomer_is_told_what_they_would_gain(
     for case in quick.losses("cpu"):
         assert f"  {case.name}: " in gains
     assert "with eager PyTorch" in gains
-    assert "8x128 ragged, 6 to 3 layers of 384 did not run: there is no time" in printed
+    assert "4x128 ragged, 6 to 3 layers of 384 did not run: there is no time" in printed
     assert bench.run(arguments("show", str(path))) == 0
     assert capsys.readouterr().out == printed
     with pytest.raises(SystemExit, match="nonsense"):

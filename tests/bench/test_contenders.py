@@ -234,6 +234,8 @@ def test_instruction_sets_hold_for_their_contender_alone() -> None:
         (Case("KL+CE", 16, 257, BF16, temperature=2.0, shifted=True), 3 * 16 * 257 * 2),
         (Case("CE", 16, 257), 2 * 16 * 257 * 4),
         (Case("cosine", 16, 257), 3 * 16 * 257 * 4),
+        (Case("MSE", 16, 257, labelled=0.5), 3 * 16 * 257 * 4),
+        (Case("attention KL", 16, 257), 3 * 16 * 257 * 4),
         (Case("softmax", 16, 257), 2 * 16 * 257 * 4),
         (Case("softmax backward", 16, 257, FP16), 3 * 16 * 257 * 2),
     ],
@@ -244,7 +246,11 @@ def test_floor_bytes(case: Case, expected: int) -> None:
 
 
 def test_the_table_is_consistent() -> None:
-    every = [*cases.LOSS, *cases.LINEAR, *cases.OVERHEAD, *cases.MEMORY]
+    every = list(
+        {case.name: case for suite in cases.SUITES.values() for case in suite if case.device == "cpu"}.values()
+    )
+    assert all(len({case.name for case in suite}) == len(suite) for suite in cases.SUITES.values())
+    every += cases.MEMORY
     assert len({case.name for case in cases.GPU}) == len(cases.GPU)
     assert len({case.name for case in every}) == len(every)
     for case in every:

@@ -39,7 +39,7 @@ def run() -> Results:
 class Page(HTMLParser):
     """Tags that are closed in order, and every address."""
 
-    VOID = ("meta",)
+    VOID = ("meta", "br")
 
     def __init__(self, source: str) -> None:
         super().__init__()
